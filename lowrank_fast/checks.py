@@ -83,7 +83,9 @@ def bank(op: str, B: Tensor, y: Tensor, rank: int) -> None:
     parameter(op, "B", B, y)
     shape = B.shape
     if len(shape) != 3 or shape[1] != y.shape[-1] or shape[2] != rank or shape[0] == 0:
-        raise ValueError(f"{op}: B must be a bank [E >= 1, d_out={y.shape[-1]}, r={rank}] like y and A; got {_shape(B)}")
+        raise ValueError(
+            f"{op}: B must be a bank [E >= 1, d_out={y.shape[-1]}, r={rank}] like y and A; got {_shape(B)}"
+        )
 
 
 def router(
@@ -129,7 +131,9 @@ def router(
     if isinstance(active, Tensor):
         _mask(op, "active", active, (experts,), x)
     elif active is not None and not isinstance(active, bool):
-        raise TypeError(f"{op}: active must be a bool, a bool tensor [E={experts}] or None; got {type(active).__name__}")
+        raise TypeError(
+            f"{op}: active must be a bool, a bool tensor [E={experts}] or None; got {type(active).__name__}"
+        )
 
 
 def _mask(op: str, name: str, mask: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
@@ -178,7 +182,9 @@ def inplace(op: str, y: Tensor, others: tuple[tuple[str, Tensor], ...], recordin
         return
     if recording and y.requires_grad:
         if y.is_leaf:
-            raise RuntimeError(f"{op}: inplace=True on a leaf y that requires grad; use inplace=False or torch.no_grad()")
+            raise RuntimeError(
+                f"{op}: inplace=True on a leaf y that requires grad; use inplace=False or torch.no_grad()"
+            )
         if y._is_view() and _is_multi_view(y):
             raise RuntimeError(
                 f"{op}: inplace=True on a y that is one of several views returned by one function (chunk, split, unbind) "
@@ -195,9 +201,7 @@ def _is_multi_view(y: Tensor) -> bool:
     return meta != torch._C._autograd.CreationMeta.DEFAULT
 
 
-def out_buffer(
-    op: str, out: Tensor, y: Tensor, others: tuple[tuple[str, Tensor], ...], recording: bool
-) -> None:
+def out_buffer(op: str, out: Tensor, y: Tensor, others: tuple[tuple[str, Tensor], ...], recording: bool) -> None:
     """Whether `out` may take the result: shape, dtype and device of `y`, no autograd, no overlap but `y` itself."""
     if recording or (out.requires_grad and torch.is_grad_enabled()):
         raise RuntimeError(f"{op}: out= is for calls that autograd does not record; use torch.no_grad() or drop out=")

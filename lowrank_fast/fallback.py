@@ -173,9 +173,7 @@ def routed_projection_(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out, t, p, w = routed_projection(
-        y, x, A, B, R, weights, token_mask, scale, routing, router_input, dropout_p, seed
-    )
+    out, t, p, w = routed_projection(y, x, A, B, R, weights, token_mask, scale, routing, router_input, dropout_p, seed)
     y.copy_(out)
     return t, p, w
 

@@ -345,9 +345,7 @@ def routed_projection(
     checks.activations("routed_projection", y, x)
     checks.down("routed_projection", A, x)
     checks.bank("routed_projection", B, y, A.shape[0])
-    checks.router(
-        "routed_projection", x, A.shape[0], B.shape[0], R, weights, token_mask, active, routing, router_input
-    )
+    checks.router("routed_projection", x, A.shape[0], B.shape[0], R, weights, token_mask, active, routing, router_input)
     checks.scale_and_dropout("routed_projection", scale, dropout_p)
     backend = backends.select(y)
     tensors = [tensor for tensor in (y, x, A, B, R, weights) if tensor is not None]

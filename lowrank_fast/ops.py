@@ -51,7 +51,7 @@ SCHEMAS = {
     "routed_projection_": f"(Tensor(a!) y, {_ROUTED}) -> (Tensor, Tensor, Tensor)",
     "routed_projection_backward": (
         "(Tensor g, Tensor? x, Tensor t, Tensor p, Tensor w, Tensor A, Tensor B, Tensor? R, Tensor? token_mask, "
-        f"Tensor? active, float scale, str routing, str router_input, {_DROPOUT}, bool[] needs) "
+        f"Tensor? active, float scale, str routing, str router_input, {_DROPOUT}, bool[5] needs) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }

@@ -113,9 +113,7 @@ def residual_add(
 # ------------------------------------------------------------------------------------------------ routing
 
 
-def router_logits(
-    x: Tensor, t: Tensor, A: Tensor, R: Tensor, router_input: str
-) -> Tensor:
+def router_logits(x: Tensor, t: Tensor, A: Tensor, R: Tensor, router_input: str) -> Tensor:
     """`t R^T` or `x R^T  [.., E]`, in the accumulate dtype. A router on `x` sees it without dropout."""
     source = t if router_input == "t" else x
     acc = accumulate_dtype(x.dtype)

@@ -1,0 +1,42 @@
+// The Python module `lowrank_fast._C`. Importing it registers the CPU kernels for the ops; the functions below only say
+// what was built and what is in use.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+
+#include "cpu/dispatch.h"
+
+namespace {
+
+#define LOWRANK_TEXT_OF(x) #x
+#define LOWRANK_TEXT(x) LOWRANK_TEXT_OF(x)
+
+std::map<std::string, std::string> build_info() {
+  std::map<std::string, std::string> facts;
+#if defined(__clang__)
+  facts["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  facts["compiler"] = "gcc " __VERSION__;
+#endif
+  facts["c++"] = LOWRANK_TEXT(__cplusplus);
+#if defined(_OPENMP)
+  facts["openmp"] = LOWRANK_TEXT(_OPENMP);
+#else
+  facts["openmp"] = "no";
+#endif
+#if defined(LOWRANK_TORCH_VERSION)
+  facts["torch"] = LOWRANK_TEXT(LOWRANK_TORCH_VERSION);
+#endif
+  return facts;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of lowrank_fast.";
+  m.def("isa", &lowrank::isa, "The CPU instruction set in use.");
+  m.def("isas", &lowrank::isas, "The CPU instruction sets that this machine runs, lowest first.");
+  m.def("set_isa", &lowrank::set_isa, "Use another of `isas()`; ValueError for any other.");
+  m.def("build_info", &build_info, "Compiler and library versions of this build.");
+}

@@ -1,0 +1,18 @@
+// The instruction sets this build has, the ones this CPU runs, and the one in use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace lowrank {
+
+// The kernels in use for activations of `dtype`.
+const Kernels& kernels(Dtype dtype);
+
+std::string isa();                      // the name in use: the best this CPU runs, or LOWRANK_FAST_CPU_ISA
+std::vector<std::string> isas();        // those this CPU runs, lowest first
+void set_isa(const std::string& name);  // throws std::invalid_argument, naming the possible ones
+
+}  // namespace lowrank

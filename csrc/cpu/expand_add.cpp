@@ -1,0 +1,58 @@
+// expand_add: out = y + s t B^T, the second half of the residual add; backward dt = s g B, dB = s g^T t.
+#include <torch/library.h>
+
+#include "engine.h"
+
+namespace lowrank {
+namespace {
+
+void add_into(const Tensor& out_tensor, const Tensor& y_tensor, const Tensor& t_tensor, const Tensor& B, double scale) {
+  const Rows y = rows_of(y_tensor), out = rows_of(out_tensor);
+  const Factor up = factor_of(B, 0, y.matrix.cols);
+  const int64_t k = up.k, padded = pad_rank(k);
+  const Tensor t = hidden_rows(t_tensor, y.count, k);
+  const Expand second{&y, out, PanelSource(up, dtype_of(y_tensor)), k, {}};
+  forward(y.count, nullptr, &second, [&](int64_t row, int64_t rows, const float*, float* z) {
+    scaled(t.data_ptr<float>() + row * k, k, rows, k, static_cast<float>(scale), z, padded);
+  });
+  if (!out.owner.is_same(out_tensor)) out_tensor.copy_(out.owner);
+}
+
+Tensor expand_add(const Tensor& y, const Tensor& t, const Tensor& B, double scale) {
+  Tensor out = activations(y, y.size(-1));
+  add_into(out, y, t, B, scale);
+  return out;
+}
+
+void expand_add_(Tensor& y, const Tensor& t, const Tensor& B, double scale) { add_into(y, y, t, B, scale); }
+
+std::tuple<Tensor, Tensor> expand_add_backward(const Tensor& g_tensor, const Tensor& t_tensor, const Tensor& B,
+                                               double scale, bool need_dt, bool need_dB) {
+  const Rows g = rows_of(g_tensor);
+  const Factor up = factor_of(B, 0, g.matrix.cols);
+  const int64_t k = up.k, padded = pad_rank(k);
+  const float s = static_cast<float>(scale);
+  Tensor dt = need_dt ? hidden(g_tensor, k) : at::empty({0}, g_tensor.options().dtype(at::kFloat));
+  Tensor dB = need_dB ? at::empty_like(B) : empty_result(B);
+  if (!need_dt && !need_dB) return {dt, dB};
+  const Tensor t = need_dB ? hidden_rows(t_tensor, g.count, k) : Tensor();
+  const PanelSource B_panel(up, dtype_of(g_tensor));
+  const ShrinkOuter first{g, need_dt ? &B_panel : nullptr, target(need_dB, dB, 0, g.matrix.cols), k};
+  backward(
+      g.count, &first, nullptr,
+      [&](int64_t row, int64_t rows, float* z) { scaled(t.data_ptr<float>() + row * k, k, rows, k, s, z, padded); },
+      [&](int64_t row, int64_t rows, const float* v, float*) {
+        if (v) scaled(v, padded, rows, k, s, dt.data_ptr<float>() + row * k, k);
+      });
+  return {dt, dB};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lowrank_fast, CPU, m) {
+  m.impl("expand_add", expand_add);
+  m.impl("expand_add_", expand_add_);
+  m.impl("expand_add_backward", expand_add_backward);
+}
+
+}  // namespace lowrank

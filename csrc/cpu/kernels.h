@@ -1,0 +1,89 @@
+// The interface between the ops (which know tensors) and the block kernels (which know registers).
+//
+// Everything here is free of torch. Each instruction set compiles `kernels_impl.h` once and exports one `Kernels` per
+// activation dtype; `dispatch.cpp` picks at run time.
+//
+// A *panel* is a factor laid out for the kernels: float32 [k][ld], k padded with zero rows to a multiple of 4, ld padded
+// with zero columns to a multiple of `unit`. A [r, d] is its own panel when it is float32 and d is a multiple of `unit`;
+// B [d, r] is transposed into one. For bfloat16 activations each unit holds its even columns first, then its odd ones:
+// the order in which two shifts widen a register of bfloat16 pairs.
+//
+// t, u, z below are float32 [rows][k] with k padded to a multiple of 4 (`pad_rank`) and zeros in the padding.
+#pragma once
+
+#include <cstdint>
+
+namespace lowrank {
+
+enum class Dtype : int { f32, bf16, f16 };
+
+struct Matrix {  // [rows][cols], unit inner stride, rows `stride` elements apart
+  void* data;
+  int64_t stride;
+  int64_t cols;
+};
+
+struct Panel {
+  const float* data;
+  int64_t ld;
+};
+
+// A parameter or its gradient: element (i, j) of the [k][d] factor is data[i * stride_k + j * stride_d].
+struct Factor {
+  void* data;
+  Dtype dtype;
+  int64_t k, d, stride_k, stride_d;
+};
+
+struct Dropout {  // Philox key and stream as in reference.dropout_mask; p = 0: none
+  uint64_t key;
+  uint32_t stream;
+  uint32_t threshold;
+  float keep_scale;  // 1 / (1 - p)
+  bool on;
+};
+
+constexpr int64_t pad_rank(int64_t k) { return (k + 3) / 4 * 4; }
+constexpr int kRowBlock = 32;    // rows that every kernel below takes at most per call
+constexpr int kRankBlock = 64;   // ranks whose partial sums a kernel keeps at once
+constexpr int kMaxLanes = 16;    // floats in the widest register
+constexpr int kMaxChunk = 1024;  // columns that a kernel walks at most between two looks at the panel
+
+struct Scratch {  // one per thread; 260 KB, so that it stays in the second-level cache
+  alignas(64) float lanes[kRowBlock * kRankBlock * kMaxLanes];
+  alignas(64) float rows[kRowBlock * kMaxChunk];
+  alignas(64) float multipliers[kMaxChunk];
+};
+Scratch& scratch();
+
+struct Kernels {
+  int64_t unit;  // columns that one step of a kernel covers; panels are padded to it
+  bool even_odd;  // panels hold even columns before odd ones within each unit
+  int64_t (*padded)(int64_t d);
+
+  // columns [begin, end) of `source` (begin a multiple of unit) -> panel rows [0, pad_rank(k)) at the same columns
+  void (*pack)(const Factor& source, int64_t begin, int64_t end, float* panel, int64_t ld);
+  // sum of `count` panels, `step` floats apart, in that order -> columns [begin, end) of `target`
+  void (*unpack)(const float* panels, int64_t count, int64_t step, int64_t ld, const Factor& target, int64_t begin,
+                 int64_t end);
+
+  // t = x P^T. `next` is prefetched (may be null); first_row is the absolute row of x, for dropout.
+  void (*shrink)(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, const void* next, const Dropout& drop,
+                 int64_t first_row);
+  // out = y + z P over columns [begin, end); y null: out = z P
+  void (*expand)(const Matrix* y, const Matrix& out, int64_t rows, const float* z, Panel P, int64_t k, int64_t begin,
+                 int64_t end, const void* next, const Dropout& drop, int64_t first_row);
+  // acc [k][ld] (+)= z^T x over columns [begin, end)
+  void (*outer)(const Matrix& x, int64_t rows, const float* z, int64_t k, float* acc, int64_t ld, bool accumulate,
+                int64_t begin, int64_t end, const Dropout& drop, int64_t first_row);
+  // shrink and outer over one read of g: u = g P^T (skipped when u is null), acc (+)= z^T g (skipped when acc is null)
+  void (*shrink_outer)(const Matrix& g, int64_t rows, Panel P, int64_t k, float* u, const float* z, float* acc,
+                       int64_t ld, bool accumulate, const void* next);
+  // expand and outer over one pass: dx = z P (skipped when dx is null), acc (+)= z^T x (skipped when acc is null)
+  void (*expand_outer)(const float* z, Panel P, int64_t k, const Matrix* dx, const Matrix* x, int64_t rows, float* acc,
+                       int64_t ld, bool accumulate, const void* next, const Dropout& drop, int64_t first_row);
+  // row-wise softmax of [rows][stride] over the first `experts` columns, in place
+  void (*softmax)(float* logits, int64_t rows, int64_t experts, int64_t stride);
+};
+
+}  // namespace lowrank

@@ -1,0 +1,578 @@
+// The block kernels, written once over the vector type of `simd.h` and compiled per instruction set.
+//
+//   shrink   t[row, k]   = sum_d x[row, d] P[k, d]      4 rows x 4 ranks of accumulators, d in the lanes
+//   expand   out[row, d] = y[row, d] + sum_k z[row, k] P[k, d]      8 rows x 1 unit, d in the lanes
+//   outer    acc[k, d]  += sum_row z[row, k] x[row, d]  8 ranks x 1 unit, d in the lanes
+//
+// Every kernel walks d in chunks so that the panel's chunk (`kChunkBytes`) stays in the first-level cache while the rows
+// stream past it. One accumulator per (row, rank) runs over all of d whatever the block shape, and expand sums the ranks
+// before it adds y: so a row's bits do not depend on the rows beside it.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using namespace lowrank;
+
+constexpr int64_t kChunkBytes = 32 * 1024;
+constexpr int kShrinkRanks = kLanes == 16 ? 4 : 2;  // 16 or 8 accumulators of the 32 or 16 registers
+constexpr int kExpandRows = kLanes == 16 ? 8 : 4;
+constexpr int kOuterRanks = kLanes == 16 ? 8 : 4;
+
+LOWRANK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Columns per chunk: a multiple of 64 (the dropout block and every unit), from 128 to 1024.
+LOWRANK_INLINE int64_t chunk_columns(int64_t k) {
+  int64_t columns = kChunkBytes / (4 * k) / 64 * 64;
+  return columns < 128 ? 128 : columns > 1024 ? 1024 : columns;
+}
+
+template <class D>
+LOWRANK_INLINE typename D::T* row_of(const Matrix& m, int64_t row, int64_t column) {
+  return static_cast<typename D::T*>(m.data) + row * m.stride + column;
+}
+
+// ---------------------------------------------------------------------------------------------- dropout
+
+LOWRANK_INLINE void multiply_high_low(VU a, uint32_t b, VU& high, VU& low) {
+#if LOWRANK_LANES == 16
+  __m512i m = _mm512_set1_epi32(int(b));
+  __m512i even = _mm512_mul_epu32((__m512i)a, m), odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), m);
+  high = (VU)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+  low = (VU)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    uint64_t product = uint64_t(a[i]) * b;
+    high[i] = uint32_t(product >> 32);
+    low[i] = uint32_t(product);
+  }
+#endif
+}
+
+// Multipliers (0 or 1 / (1 - p)) for columns [begin, begin + columns) of a row, begin a multiple of 64; `out` has room
+// for columns rounded up to 64. The counter layout is reference.dropout_mask's.
+static void dropout_row(const Dropout& drop, int64_t row, int64_t begin, int64_t columns, float* out) {
+  for (int64_t q = 0; q < (columns + 63) / 64; ++q)
+    for (int lane = 0; lane < 16; lane += kLanes) {
+      VU c0 = VU{} + uint32_t(16 * (begin / 64 + q) + lane), c1 = VU{} + uint32_t(row), c2 = VU{} + uint32_t(row >> 32);
+      for (int i = 0; i < kLanes; ++i) c0[i] += i;
+      VU c3 = VU{} + drop.stream;
+      uint32_t k0 = uint32_t(drop.key), k1 = uint32_t(drop.key >> 32);
+      for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+        VU high0, low0, high1, low1;
+        multiply_high_low(c0, 0xD2511F53u, high0, low0);
+        multiply_high_low(c2, 0xCD9E8D57u, high1, low1);
+        c0 = high1 ^ c1 ^ k0;
+        c1 = low1;
+        c2 = high0 ^ c3 ^ k1;
+        c3 = low0;
+      }
+      const VU words[4] = {c0, c1, c2, c3};
+      for (int w = 0; w < 4; ++w)
+        store(out + 64 * q + 16 * w + lane,
+              select((VI)(words[w] >= drop.threshold), broadcast(drop.keep_scale), V{}));
+    }
+}
+
+template <class D>
+LOWRANK_INLINE void multipliers2(const float* natural, V& a, V& b) {  // in the order of the unit's registers
+  a = load(natural);
+  b = load(natural + kLanes);
+  if (D::even_odd) {
+    V first = a, second = b;
+    deinterleave(first, second, a, b);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- shrink
+
+// acc[(row * k + rank) * kLanes ..] (+)= products of `columns` columns, for R rows and C ranks.
+template <class D, int R, int C>
+LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const float* P, int64_t ld, int64_t columns,
+                                float* acc, int64_t k, bool accumulate) {
+  V sum[R][C];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) sum[i][j] = accumulate ? load(acc + (i * k + j) * kLanes) : V{};
+  auto step = [&](int64_t d, auto load_unit) __attribute__((always_inline)) {
+    V a[R], b[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) load_unit(x + i * stride + d, a[i], b[i]);
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) {
+      V p = load(P + j * ld + d);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) sum[i][j] += a[i] * p;
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) {
+      V p = load(P + j * ld + d + kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) sum[i][j] += b[i] * p;
+    }
+  };
+  int64_t d = 0;
+  for (; d + kUnit <= columns; d += kUnit) step(d, D::load2);
+  if (d < columns)
+    step(d, [&](const typename D::T* p, V& a, V& b) { load2_tail<D>(p, columns - d, a, b); });
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) store(acc + (i * k + j) * kLanes, sum[i][j]);
+}
+
+template <class D, int R>
+LOWRANK_INLINE void shrink_rows(const typename D::T* x, int64_t stride, const float* P, int64_t ld, int64_t columns,
+                                float* acc, int64_t k, bool accumulate) {
+  constexpr int C = R == 1 ? 2 * kShrinkRanks : kShrinkRanks;  // one row alone needs more chains to hide the latency
+  int64_t rank = 0;
+  for (; rank + C <= k; rank += C)
+    shrink_tile<D, R, C>(x, stride, P + rank * ld, ld, columns, acc + rank * kLanes, k, accumulate);
+  for (; rank < k; rank += kShrinkRanks)
+    shrink_tile<D, R, kShrinkRanks>(x, stride, P + rank * ld, ld, columns, acc + rank * kLanes, k, accumulate);
+}
+
+template <class D>
+static void shrink_chunk(const typename D::T* x, int64_t stride, int64_t rows, const float* P, int64_t ld,
+                         int64_t columns, float* acc, int64_t k, bool accumulate) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4)
+    shrink_rows<D, 4>(x + row * stride, stride, P, ld, columns, acc + row * k * kLanes, k, accumulate);
+  for (; row < rows; ++row)
+    shrink_rows<D, 1>(x + row * stride, stride, P, ld, columns, acc + row * k * kLanes, k, accumulate);
+}
+
+// t[i] = the sum of the lanes of acc[i], for n (a multiple of 4) registers.
+static void sum_lanes(const float* acc, int64_t n, float* t) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    V v[kLanes];
+    int64_t count = n - i < kLanes ? n - i : kLanes;
+    for (int j = 0; j < kLanes; ++j) v[j] = j < count ? load(acc + (i + j) * kLanes) : V{};
+    V sums = lane_sums(v);
+    if (count == kLanes)
+      store(t + i, sums);
+    else
+      std::memcpy(t + i, &sums, count * sizeof(float));
+  }
+}
+
+LOWRANK_INLINE void prefetch_rows(const void* next, int64_t rows, int64_t row_bytes, int64_t begin, int64_t end) {
+  if (!next) return;
+  for (int64_t row = 0; row < rows; ++row) {
+    const char* p = static_cast<const char*>(next) + row * row_bytes;
+    for (int64_t byte = begin; byte < end; byte += 64) __builtin_prefetch(p + byte, 0, 2);
+  }
+}
+
+// x * multipliers as float32 [rows][columns rounded up], in panel order, so that the F32 kernels can read it.
+template <class D>
+static void drop_chunk(const Matrix& x, int64_t rows, int64_t begin, int64_t columns, const Dropout& drop,
+                       int64_t first_row, float* out, int64_t ld) {
+  float* m = scratch().multipliers;
+  for (int64_t row = 0; row < rows; ++row) {
+    dropout_row(drop, first_row + row, begin, columns, m);
+    const typename D::T* p = row_of<D>(x, row, begin);
+    for (int64_t d = 0; d < columns; d += kUnit) {
+      V a, b, ma, mb;
+      columns - d >= kUnit ? D::load2(p + d, a, b) : load2_tail<D>(p + d, columns - d, a, b);
+      multipliers2<D>(m + d, ma, mb);
+      store(out + row * ld + d, a * ma);
+      store(out + row * ld + d + kLanes, b * mb);
+    }
+  }
+}
+
+// Ranks are taken kRankBlock at a time, which bounds the scratch.
+template <class D>
+static void shrink(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, const void* next, const Dropout& drop,
+                   int64_t first_row) {
+  Scratch& s = scratch();
+  const int64_t chunk = chunk_columns(k < kRankBlock ? k : kRankBlock);
+  for (int64_t rank = 0; rank < k; rank += kRankBlock) {
+    const int64_t ranks = k - rank < kRankBlock ? k - rank : kRankBlock;
+    for (int64_t begin = 0; begin < x.cols; begin += chunk) {
+      const int64_t columns = x.cols - begin < chunk ? x.cols - begin : chunk;
+      const float* panel = P.data + rank * P.ld + begin;
+      if (drop.on) {
+        drop_chunk<D>(x, rows, begin, columns, drop, first_row, s.rows, chunk);
+        shrink_chunk<F32>(s.rows, chunk, rows, panel, P.ld, round_up(columns, kUnit), s.lanes, ranks, begin > 0);
+      } else {
+        shrink_chunk<D>(row_of<D>(x, 0, begin), x.stride, rows, panel, P.ld, columns, s.lanes, ranks, begin > 0);
+      }
+    }
+    if (ranks == k) {
+      sum_lanes(s.lanes, rows * k, t);
+    } else {
+      for (int64_t row = 0; row < rows; ++row) sum_lanes(s.lanes + row * ranks * kLanes, ranks, t + row * k + rank);
+    }
+  }
+  (void)next;
+}
+
+// ---------------------------------------------------------------------------------------------- expand
+
+template <class D, int R>
+LOWRANK_INLINE void expand_rows(const typename D::T* y, int64_t y_stride, typename D::T* out, int64_t out_stride,
+                                const float* z, const float* P, int64_t ld, int64_t k, int64_t columns) {
+  auto step = [&](int64_t d, auto load_unit, auto store_unit) __attribute__((always_inline)) {
+    V a[R], b[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) a[i] = b[i] = V{};
+    const float* p = P + d;
+    for (int64_t rank = 0; rank < k; ++rank, p += ld) {
+      V pa = load(p), pb = load(p + kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        V w = broadcast(z[i * k + rank]);
+        a[i] += w * pa;
+        b[i] += w * pb;
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      if (y) {
+        V ya, yb;
+        load_unit(y + i * y_stride + d, ya, yb);
+        a[i] = ya + a[i];
+        b[i] = yb + b[i];
+      }
+      store_unit(out + i * out_stride + d, a[i], b[i]);
+    }
+  };
+  int64_t d = 0;
+  for (; d + kUnit <= columns; d += kUnit) step(d, D::load2, D::store2);
+  if (d < columns)
+    step(
+        d, [&](const typename D::T* p, V& ya, V& yb) { load2_tail<D>(p, columns - d, ya, yb); },
+        [&](typename D::T* p, V va, V vb) { store2_tail<D>(p, columns - d, va, vb); });
+}
+
+template <class D>
+static void expand_chunk(const typename D::T* y, int64_t y_stride, typename D::T* out, int64_t out_stride, int64_t rows,
+                         const float* z, const float* P, int64_t ld, int64_t k, int64_t columns) {
+  int64_t row = 0;
+  auto at = [&](int64_t r) { return y ? y + r * y_stride : nullptr; };
+  for (; row + kExpandRows <= rows; row += kExpandRows)
+    expand_rows<D, kExpandRows>(at(row), y_stride, out + row * out_stride, out_stride, z + row * k, P, ld, k, columns);
+  for (; row + 2 <= rows; row += 2)
+    expand_rows<D, 2>(at(row), y_stride, out + row * out_stride, out_stride, z + row * k, P, ld, k, columns);
+  for (; row < rows; ++row)
+    expand_rows<D, 1>(at(row), y_stride, out + row * out_stride, out_stride, z + row * k, P, ld, k, columns);
+}
+
+// out = (z P) * multipliers: the gradient through dropout
+template <class D>
+static void expand_dropped(const Matrix& out, int64_t rows, const float* z, const float* P, int64_t ld, int64_t k,
+                           int64_t begin, int64_t columns, const Dropout& drop, int64_t first_row) {
+  Scratch& s = scratch();
+  const int64_t width = round_up(columns, kUnit);
+  expand_chunk<F32>(nullptr, 0, s.rows, width, rows, z, P, ld, k, width);
+  for (int64_t row = 0; row < rows; ++row) {
+    dropout_row(drop, first_row + row, begin, columns, s.multipliers);
+    typename D::T* o = row_of<D>(out, row, begin);
+    for (int64_t d = 0; d < columns; d += kUnit) {
+      V ma, mb;
+      multipliers2<D>(s.multipliers + d, ma, mb);
+      V a = load(s.rows + row * width + d) * ma, b = load(s.rows + row * width + d + kLanes) * mb;
+      columns - d >= kUnit ? D::store2(o + d, a, b) : store2_tail<D>(o + d, columns - d, a, b);
+    }
+  }
+}
+
+template <class D>
+static void expand(const Matrix* y, const Matrix& out, int64_t rows, const float* z, Panel P, int64_t k, int64_t begin,
+                   int64_t end, const void* next, const Dropout& drop, int64_t first_row) {
+  const int64_t chunk = chunk_columns(k);
+  for (; begin < end; begin += chunk) {
+    const int64_t columns = end - begin < chunk ? end - begin : chunk;
+    if (drop.on)
+      expand_dropped<D>(out, rows, z, P.data + begin, P.ld, k, begin, columns, drop, first_row);
+    else
+      expand_chunk<D>(y ? row_of<D>(*y, 0, begin) : nullptr, y ? y->stride : 0, row_of<D>(out, 0, begin), out.stride,
+                      rows, z, P.data + begin, P.ld, k, columns);
+  }
+  (void)next;
+}
+
+// ---------------------------------------------------------------------------------------------- outer
+
+template <class D, int C>
+LOWRANK_INLINE void outer_ranks(const typename D::T* x, int64_t stride, int64_t rows, const float* z, int64_t k,
+                                float* acc, int64_t ld, bool accumulate, int64_t columns) {
+  for (int64_t d = 0; d < columns; d += kUnit) {
+    V a[C], b[C];
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) {
+      a[j] = accumulate ? load(acc + j * ld + d) : V{};
+      b[j] = accumulate ? load(acc + j * ld + d + kLanes) : V{};
+    }
+    auto rows_of = [&](auto load_unit) __attribute__((always_inline)) {
+      for (int64_t row = 0; row < rows; ++row) {
+        V xa, xb;
+        load_unit(x + row * stride + d, xa, xb);
+#pragma GCC unroll 8
+        for (int j = 0; j < C; ++j) {
+          V w = broadcast(z[row * k + j]);
+          a[j] += w * xa;
+          b[j] += w * xb;
+        }
+      }
+    };
+    if (columns - d >= kUnit)
+      rows_of(D::load2);
+    else
+      rows_of([&](const typename D::T* p, V& a2, V& b2) { load2_tail<D>(p, columns - d, a2, b2); });
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) {
+      store(acc + j * ld + d, a[j]);
+      store(acc + j * ld + d + kLanes, b[j]);
+    }
+  }
+}
+
+template <class D>
+static void outer_chunk(const typename D::T* x, int64_t stride, int64_t rows, const float* z, int64_t k, float* acc,
+                        int64_t ld, bool accumulate, int64_t columns) {
+  int64_t rank = 0;
+  for (; rank + kOuterRanks <= k; rank += kOuterRanks)
+    outer_ranks<D, kOuterRanks>(x, stride, rows, z + rank, k, acc + rank * ld, ld, accumulate, columns);
+  for (; rank < k; rank += 4)
+    outer_ranks<D, 4>(x, stride, rows, z + rank, k, acc + rank * ld, ld, accumulate, columns);
+}
+
+template <class D>
+static void outer(const Matrix& x, int64_t rows, const float* z, int64_t k, float* acc, int64_t ld, bool accumulate,
+                  int64_t begin, int64_t end, const Dropout& drop, int64_t first_row) {
+  Scratch& s = scratch();
+  const int64_t chunk = chunk_columns(k);
+  for (; begin < end; begin += chunk) {
+    const int64_t columns = end - begin < chunk ? end - begin : chunk;
+    if (drop.on) {
+      drop_chunk<D>(x, rows, begin, columns, drop, first_row, s.rows, chunk);
+      outer_chunk<F32>(s.rows, chunk, rows, z, k, acc + begin, ld, accumulate, round_up(columns, kUnit));
+    } else {
+      outer_chunk<D>(row_of<D>(x, 0, begin), x.stride, rows, z, k, acc + begin, ld, accumulate, columns);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- the backward pairs
+
+template <class D>
+static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, float* u, const float* z, float* acc,
+                         int64_t ld, bool accumulate, const void* next) {
+  const Dropout none{};
+  if (!u || k > kRankBlock) {  // nothing to fuse, or more ranks than the scratch holds
+    if (u) shrink<D>(g, rows, P, k, u, next, none, 0);
+    if (acc) outer<D>(g, rows, z, k, acc, ld, accumulate, 0, g.cols, none, 0);
+    return;
+  }
+  Scratch& s = scratch();
+  const int64_t chunk = chunk_columns(k);
+  for (int64_t begin = 0; begin < g.cols; begin += chunk) {
+    const int64_t columns = g.cols - begin < chunk ? g.cols - begin : chunk;
+    const typename D::T* p = row_of<D>(g, 0, begin);
+    shrink_chunk<D>(p, g.stride, rows, P.data + begin, P.ld, columns, s.lanes, k, begin > 0);
+    if (acc) outer_chunk<D>(p, g.stride, rows, z, k, acc + begin, ld, accumulate, columns);
+  }
+  sum_lanes(s.lanes, rows * k, u);
+}
+
+template <class D>
+static void expand_outer(const float* z, Panel P, int64_t k, const Matrix* dx, const Matrix* x, int64_t rows, float* acc,
+                         int64_t ld, bool accumulate, const void* next, const Dropout& drop, int64_t first_row) {
+  const int64_t cols = dx ? dx->cols : x->cols;
+  const int64_t chunk = chunk_columns(k);
+  for (int64_t begin = 0; begin < cols; begin += chunk) {
+    const int64_t end = begin + chunk < cols ? begin + chunk : cols;
+    if (dx) expand<D>(nullptr, *dx, rows, z, P, k, begin, end, next, drop, first_row);
+    if (acc) outer<D>(*x, rows, z, k, acc, ld, accumulate, begin, end, drop, first_row);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- panels
+
+// Source of one lane-wide piece of a parameter: natural order, any dtype.
+LOWRANK_INLINE V load_parameter(const Factor& f, int64_t offset, int64_t n) {
+  float wide[kLanes] = {};
+  uint16_t narrow[kLanes] = {};
+  switch (f.dtype) {
+    case Dtype::f32:
+      if (n >= kLanes) return load(static_cast<const float*>(f.data) + offset);
+      std::memcpy(wide, static_cast<const float*>(f.data) + offset, n * 4);
+      return load(wide);
+    case Dtype::bf16:
+      if (n >= kLanes) return BF16::load1(static_cast<const uint16_t*>(f.data) + offset);
+      std::memcpy(narrow, static_cast<const uint16_t*>(f.data) + offset, n * 2);
+      return BF16::load1(narrow);
+    default:
+      if (n >= kLanes) return F16::load1(static_cast<const uint16_t*>(f.data) + offset);
+      std::memcpy(narrow, static_cast<const uint16_t*>(f.data) + offset, n * 2);
+      return F16::load1(narrow);
+  }
+}
+
+LOWRANK_INLINE void store_parameter(const Factor& f, int64_t offset, int64_t n, V v) {
+  if (n > kLanes) n = kLanes;
+  uint16_t narrow[kLanes];
+  switch (f.dtype) {
+    case Dtype::f32:
+      std::memcpy(static_cast<float*>(f.data) + offset, &v, n * 4);
+      return;
+    case Dtype::bf16:
+      BF16::store1(narrow, v);
+      break;
+    default:
+      F16::store1(narrow, v);
+  }
+  std::memcpy(static_cast<uint16_t*>(f.data) + offset, narrow, n * 2);
+}
+
+// One [kLanes ranks][unit] block of a factor, in panel order. Missing elements are zero.
+template <class D>
+LOWRANK_INLINE void load_block(const Factor& f, int64_t rank, int64_t d, V* a, V* b) {
+  const int64_t columns = f.d - d;
+  if (f.stride_k == 1 && f.stride_d != 1) {  // rank is the fast axis: transpose in registers
+    const int64_t first = D::even_odd ? 0 : kLanes, step = D::even_odd ? 2 : 1, second = D::even_odd ? 1 : 0;
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t da = step * i, db = first + second + step * i;
+      a[i] = da < columns ? load_parameter(f, (d + da) * f.stride_d + rank, f.k - rank) : V{};
+      b[i] = db < columns ? load_parameter(f, (d + db) * f.stride_d + rank, f.k - rank) : V{};
+    }
+    transpose(a);
+    transpose(b);
+    return;
+  }
+  for (int j = 0; j < kLanes; ++j) {
+    V first{}, second{};
+    if (rank + j < f.k) {
+      const int64_t offset = (rank + j) * f.stride_k + d * f.stride_d;
+      if (f.stride_d == 1) {
+        first = load_parameter(f, offset, columns);
+        if (columns > kLanes) second = load_parameter(f, offset + kLanes, columns - kLanes);
+      } else {
+        for (int i = 0; i < kUnit && i < columns; ++i)
+          (i < kLanes ? first : second)[i % kLanes] = load_parameter(f, offset + i * f.stride_d, 1)[0];
+      }
+    }
+    if (D::even_odd)
+      deinterleave(first, second, a[j], b[j]);
+    else
+      a[j] = first, b[j] = second;
+  }
+}
+
+template <class D>
+static void pack(const Factor& f, int64_t begin, int64_t end, float* panel, int64_t ld) {
+  const int64_t padded = pad_rank(f.k);
+  for (int64_t d = begin; d < end; d += kUnit)
+    for (int64_t rank = 0; rank < padded; rank += kLanes) {
+      V a[kLanes], b[kLanes];
+      load_block<D>(f, rank, d, a, b);
+      for (int j = 0; j < kLanes && rank + j < padded; ++j) {
+        store(panel + (rank + j) * ld + d, a[j]);
+        store(panel + (rank + j) * ld + d + kLanes, b[j]);
+      }
+    }
+}
+
+template <class D>
+static void unpack(const float* panels, int64_t count, int64_t step, int64_t ld, const Factor& f, int64_t begin,
+                   int64_t end) {
+  for (int64_t d = begin; d < end; d += kUnit)
+    for (int64_t rank = 0; rank < f.k; rank += kLanes) {
+      const int64_t ranks = f.k - rank < kLanes ? f.k - rank : kLanes, columns = f.d - d;
+      V a[kLanes] = {}, b[kLanes] = {};
+      for (int64_t j = 0; j < ranks; ++j) {
+        const float* p = panels + (rank + j) * ld + d;
+        a[j] = load(p);
+        b[j] = load(p + kLanes);
+        for (int64_t i = 1; i < count; ++i) {
+          a[j] += load(p + i * step);
+          b[j] += load(p + i * step + kLanes);
+        }
+      }
+      if (f.stride_k == 1 && f.stride_d != 1) {
+        transpose(a);
+        transpose(b);
+        const int64_t first = D::even_odd ? 0 : kLanes, stride = D::even_odd ? 2 : 1, second = D::even_odd ? 1 : 0;
+        for (int i = 0; i < kLanes; ++i) {
+          const int64_t da = stride * i, db = first + second + stride * i;
+          if (da < columns) store_parameter(f, (d + da) * f.stride_d + rank, ranks, a[i]);
+          if (db < columns) store_parameter(f, (d + db) * f.stride_d + rank, ranks, b[i]);
+        }
+        continue;
+      }
+      for (int64_t j = 0; j < ranks; ++j) {
+        V first = a[j], second = b[j];
+        if (D::even_odd) interleave(a[j], b[j], first, second);
+        const int64_t offset = (rank + j) * f.stride_k + d * f.stride_d;
+        if (f.stride_d == 1) {
+          store_parameter(f, offset, columns, first);
+          if (columns > kLanes) store_parameter(f, offset + kLanes, columns - kLanes, second);
+        } else {
+          for (int i = 0; i < kUnit && i < columns; ++i)
+            store_parameter(f, offset + i * f.stride_d, 1, broadcast((i < kLanes ? first : second)[i % kLanes]));
+        }
+      }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- softmax
+
+// exp(x) for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2]; relative error under 2e-7, exact 0 below -104.
+LOWRANK_INLINE V exp_negative(V x) {
+  const V clamped = select(x < -104.0f, broadcast(-104.0f), x);
+  V n = clamped * 1.44269504f;
+  const V magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  n = (n + magic) - magic;
+  V r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  V p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  VI e = __builtin_convertvector(n, VI);
+  const VI half = e >> 1;  // two steps keep subnormal results
+  V result = p * (V)((half + 127) << 23) * (V)((e - half + 127) << 23);
+  return select(x < -104.0f, V{}, select(x == x, result, x));
+}
+
+static void softmax(float* logits, int64_t rows, int64_t experts, int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row) {
+    float* p = logits + row * stride;
+    float top = p[0];
+    bool nan = false;
+    for (int64_t e = 0; e < experts; ++e) {
+      nan |= p[e] != p[e];
+      top = p[e] > top ? p[e] : top;
+    }
+    if (nan) top = __builtin_nanf("");
+    float sum = 0.0f;
+    for (int64_t e = 0; e < experts; e += kLanes) {
+      V v{};
+      const int64_t n = experts - e < kLanes ? experts - e : kLanes;
+      for (int64_t i = 0; i < n; ++i) v[i] = p[e + i] - top;
+      v = exp_negative(v);
+      for (int64_t i = 0; i < n; ++i) sum += p[e + i] = v[i];
+    }
+    const float inverse = 1.0f / sum;
+    for (int64_t e = 0; e < experts; ++e) p[e] *= inverse;
+  }
+}
+
+static int64_t padded(int64_t d) { return round_up(d, kUnit); }
+
+template <class D>
+constexpr Kernels table() {
+  return {kUnit,     D::even_odd, padded,          pack<D>,         unpack<D>, shrink<D>, expand<D>,
+          outer<D>, shrink_outer<D>, expand_outer<D>, softmax};
+}
+
+}  // namespace

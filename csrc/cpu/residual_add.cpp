@@ -1,0 +1,106 @@
+// residual_add: out = y + s (x A^T) B^T in one read of x and y, and its backward in one read of g and x.
+//
+//   forward   t = dropout(x) A^T, z = s t, out = y + z B^T
+//   backward  v = g B, u = s v, dB = g^T (s t), dx = u A, dA = u^T dropout(x)
+#include <torch/library.h>
+
+#include "engine.h"
+
+namespace lowrank {
+namespace {
+
+using Seed = std::optional<Tensor>;
+
+Tensor add_into(const Tensor& out_tensor, const Tensor& y_tensor, const Tensor& x_tensor, const Tensor& A,
+                const Tensor& B, double scale, double dropout_p, const Seed& seed, bool save_t) {
+  const Rows x = rows_of(x_tensor), y = rows_of(y_tensor), out = rows_of(out_tensor);
+  check_rows("x", x, y.count, y_tensor);
+  check_rows("out", out, y.count, y_tensor);
+  TORCH_CHECK(out.matrix.cols == y.matrix.cols, "lowrank_fast: out must be like y");
+  const Factor down = factor_of(A, 1, x.matrix.cols), up = factor_of(B, 0, y.matrix.cols);
+  TORCH_CHECK(down.k == up.k, "lowrank_fast: A has rank ", down.k, " and B ", up.k);
+  const int64_t k = down.k, padded = pad_rank(k);
+  const Dtype dtype = dtype_of(y_tensor);
+  Tensor t_tensor = save_t ? hidden(x_tensor, k) : at::empty({0}, x_tensor.options().dtype(at::kFloat));
+  float* saved = save_t ? t_tensor.data_ptr<float>() : nullptr;
+
+  const Shrink first{x, PanelSource(down, dtype), k, dropout_of(dropout_p, seed)};
+  const Expand second{&y, out, PanelSource(up, dtype), k, {}};
+  forward(y.count, &first, &second, [&](int64_t row, int64_t rows, const float* t, float* z) {
+    if (saved)
+      for (int64_t i = 0; i < rows; ++i) std::copy_n(t + i * padded, k, saved + (row + i) * k);
+    scaled(t, padded, rows, k, static_cast<float>(scale), z, padded);
+  });
+  if (!out.owner.is_same(out_tensor)) out_tensor.copy_(out.owner);  // a layout without one row stride
+  return t_tensor;
+}
+
+std::tuple<Tensor, Tensor> residual_add(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale,
+                                        double dropout_p, const Seed& seed, bool save_t) {
+  Tensor out = activations(y, y.size(-1));
+  Tensor t = add_into(out, y, x, A, B, scale, dropout_p, seed, save_t);
+  return {out, t};
+}
+
+Tensor residual_add_(Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale, double dropout_p,
+                     const Seed& seed, bool save_t) {
+  return add_into(y, y, x, A, B, scale, dropout_p, seed, save_t);
+}
+
+Tensor residual_add_out(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale,
+                        double dropout_p, const Seed& seed, bool save_t, Tensor& out) {
+  return add_into(out, y, x, A, B, scale, dropout_p, seed, save_t);
+}
+
+std::tuple<Tensor, Tensor, Tensor> residual_add_backward(const Tensor& g_tensor, const std::optional<Tensor>& x_tensor,
+                                                         const Tensor& t_tensor, const Tensor& A, const Tensor& B,
+                                                         double scale, double dropout_p, const Seed& seed, bool need_dx,
+                                                         bool need_dA, bool need_dB) {
+  const Rows g = rows_of(g_tensor);
+  const Dtype dtype = dtype_of(g_tensor);
+  const int64_t d_in = A.size(-1), k = A.size(0), padded = pad_rank(k);
+  const Factor down = factor_of(A, 1, d_in), up = factor_of(B, 0, g.matrix.cols);
+  TORCH_CHECK(down.k == up.k, "lowrank_fast: A has rank ", down.k, " and B ", up.k);
+  TORCH_CHECK(!need_dA || x_tensor.has_value(), "lowrank_fast: the gradient of A needs x");
+  const bool need_u = need_dx || need_dA;
+  const float s = static_cast<float>(scale);
+
+  Tensor dx_tensor = need_dx ? activations(g_tensor, d_in) : empty_result(g_tensor);
+  Tensor dA = need_dA ? at::empty_like(A) : empty_result(A), dB = need_dB ? at::empty_like(B) : empty_result(B);
+  Tensor t = need_dB ? hidden_rows(t_tensor, g.count, k) : Tensor();
+  std::optional<Rows> x, dx;
+  if (need_dA) {
+    x = rows_of(*x_tensor);
+    check_rows("x", *x, g.count, g_tensor);
+  }
+  if (need_dx) dx = rows_of(dx_tensor);
+
+  const PanelSource B_panel(up, dtype);
+  const ShrinkOuter first{g, need_u ? &B_panel : nullptr, target(need_dB, dB, 0, g.matrix.cols), k};
+  const ExpandOuter second{x ? &*x : nullptr,
+                           dx ? &*dx : nullptr,
+                           PanelSource(down, dtype),
+                           target(need_dA, dA, 1, d_in),
+                           k,
+                           dropout_of(dropout_p, seed)};
+  backward(
+      g.count, &first, need_u ? &second : nullptr,
+      [&](int64_t row, int64_t rows, float* z) {
+        scaled(t.data_ptr<float>() + row * k, k, rows, k, s, z, padded);
+      },
+      [&](int64_t, int64_t rows, const float* v, float* u) {
+        if (u) scaled(v, padded, rows, k, s, u, padded);
+      });
+  return {dx_tensor, dA, dB};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lowrank_fast, CPU, m) {
+  m.impl("residual_add", residual_add);
+  m.impl("residual_add_", residual_add_);
+  m.impl("residual_add_out", residual_add_out);
+  m.impl("residual_add_backward", residual_add_backward);
+}
+
+}  // namespace lowrank

@@ -1,0 +1,247 @@
+// One vector register of floats in the instruction set being compiled, and the three activation dtypes in it.
+//
+// GCC's vector extensions carry the arithmetic, so the kernels are the same source for SSE2, AVX2, AVX-512 and whatever
+// else the compiler targets; only the 16-bit conversions name instructions. The including file defines LOWRANK_LANES
+// (4, 8 or 16) and, where the hardware has it, LOWRANK_BF16_STORE.
+//
+// A *unit* is 2 * kLanes elements held in two registers (a, b): the first and second half of the unit, or for bfloat16
+// its even and odd elements, which costs one shift and one mask instead of two shuffles.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int kLanes = LOWRANK_LANES;
+constexpr int kUnit = 2 * kLanes;
+
+typedef float V __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VU __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VI __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t VH __attribute__((vector_size(2 * kLanes)));
+typedef float UnalignedV __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint32_t UnalignedVU __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
+typedef uint16_t UnalignedVH __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+
+#define LOWRANK_INLINE static inline __attribute__((always_inline))
+
+LOWRANK_INLINE V load(const float* p) { return *reinterpret_cast<const UnalignedV*>(p); }
+LOWRANK_INLINE void store(float* p, V v) { *reinterpret_cast<UnalignedV*>(p) = v; }
+LOWRANK_INLINE V broadcast(float s) { return s - V{}; }
+LOWRANK_INLINE V select(VI mask, V a, V b) { return (V)(((VI)a & mask) | ((VI)b & ~mask)); }
+
+// ---------------------------------------------------------------------------------------------- float32
+
+struct F32 {
+  using T = float;
+  static constexpr bool even_odd = false;
+  LOWRANK_INLINE void load2(const T* p, V& a, V& b) {
+    a = load(p);
+    b = load(p + kLanes);
+  }
+  LOWRANK_INLINE void store2(T* p, V a, V b) {
+    store(p, a);
+    store(p + kLanes, b);
+  }
+  LOWRANK_INLINE V load1(const T* p) { return load(p); }
+  LOWRANK_INLINE void store1(T* p, V v) { store(p, v); }
+};
+
+// ---------------------------------------------------------------------------------------------- bfloat16
+
+LOWRANK_INLINE VU bf16_bits(V v) {  // round to nearest even into the high half; NaN stays NaN
+  VU u = (VU)v;
+  VU rounded = u + 0x7fff + ((u >> 16) & 1);
+  VI nan = v != v;
+  return (VU)select(nan, (V)(u | 0x400000), (V)rounded);
+}
+
+struct BF16 {
+  using T = uint16_t;
+  static constexpr bool even_odd = true;
+  LOWRANK_INLINE void load2(const T* p, V& even, V& odd) {
+    VU pairs = *reinterpret_cast<const UnalignedVU*>(p);
+    even = (V)(pairs << 16);
+    odd = (V)(pairs & 0xffff0000u);
+  }
+  LOWRANK_INLINE void store2(T* p, V even, V odd) {
+#if defined(LOWRANK_BF16_STORE)
+    // [odd 16 | even 16] of bfloat16, then one permute to interleave them
+    const __m512i order =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
+                         18, 2, 17, 1, 16, 0);
+    __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
+#else
+    *reinterpret_cast<UnalignedVU*>(p) = (bf16_bits(even) >> 16) | (bf16_bits(odd) & 0xffff0000u);
+#endif
+  }
+  LOWRANK_INLINE V load1(const T* p) {
+    return (V)(__builtin_convertvector(*reinterpret_cast<const UnalignedVH*>(p), VU) << 16);
+  }
+  LOWRANK_INLINE void store1(T* p, V v) {
+    *reinterpret_cast<UnalignedVH*>(p) = __builtin_convertvector(bf16_bits(v) >> 16, VH);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- float16
+
+inline float half_to_float(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = uint32_t(h & 0x7fff) << 13;
+  float f;
+  uint32_t u;
+  if (magnitude >= 0x0f800000u) {  // inf, NaN
+    u = sign | 0x70000000u | magnitude;
+    std::memcpy(&f, &u, 4);
+    return f;
+  }
+  std::memcpy(&f, &magnitude, 4);
+  f *= 5.192296858534828e33f;  // 2^112: rebias the exponent; subnormals normalise themselves
+  std::memcpy(&u, &f, 4);
+  u |= sign;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+inline uint16_t float_to_half(float f) {  // round to nearest even
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  uint16_t sign = uint16_t(u >> 16 & 0x8000);
+  u &= 0x7fffffffu;
+  if (u > 0x7f800000u) return sign | 0x7e00;
+  if (u >= 0x477ff000u) return sign | 0x7c00;  // 65520 and above round to inf
+  if (u < 0x38800000u) {                       // subnormal: let float addition round at the right bit
+    float magnitude, magic = 0.5f;
+    std::memcpy(&magnitude, &u, 4);
+    magnitude += magic;
+    std::memcpy(&u, &magnitude, 4);
+    return sign | uint16_t(u - 0x3f000000u);
+  }
+  u += 0xc8000fffu + (u >> 13 & 1);
+  return sign | uint16_t(u >> 13);
+}
+
+struct F16 {
+  using T = uint16_t;
+  static constexpr bool even_odd = false;
+  LOWRANK_INLINE V load1(const T* p) {
+#if LOWRANK_LANES == 16
+    return (V)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif LOWRANK_LANES == 8
+    return (V)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    V v;
+    for (int i = 0; i < kLanes; ++i) v[i] = half_to_float(p[i]);
+    return v;
+#endif
+  }
+  LOWRANK_INLINE void store1(T* p, V v) {
+#if LOWRANK_LANES == 16
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif LOWRANK_LANES == 8
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(v[i]);
+#endif
+  }
+  LOWRANK_INLINE void load2(const T* p, V& a, V& b) {
+    a = load1(p);
+    b = load1(p + kLanes);
+  }
+  LOWRANK_INLINE void store2(T* p, V a, V b) {
+    store1(p, a);
+    store1(p + kLanes, b);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- partial units
+
+// The first n < kUnit elements of a unit, zeros behind them: never touches memory past the row.
+template <class D>
+static inline void load2_tail(const typename D::T* p, int64_t n, V& a, V& b) {
+  typename D::T buffer[kUnit] = {};
+  std::memcpy(buffer, p, n * sizeof(typename D::T));
+  D::load2(buffer, a, b);
+}
+
+template <class D>
+static inline void store2_tail(typename D::T* p, int64_t n, V a, V b) {
+  typename D::T buffer[kUnit];
+  D::store2(buffer, a, b);
+  std::memcpy(p, buffer, n * sizeof(typename D::T));
+}
+
+// ---------------------------------------------------------------------------------------------- shuffles
+
+LOWRANK_INLINE V shuffle(V a, V b, VI index) {  // lane i: element index[i] of (a, b)
+#if defined(__clang__)
+  float from[2 * kLanes];
+  V v;
+  store(from, a);
+  store(from + kLanes, b);
+  for (int i = 0; i < kLanes; ++i) v[i] = from[index[i]];
+  return v;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+template <int Distance>
+LOWRANK_INLINE VI low_blocks() {  // (a, b) -> blocks 0, 2, .. of a beside those of b
+  VI index;
+  for (int i = 0; i < kLanes; ++i) index[i] = (i & Distance) ? (i - Distance) + kLanes : i;
+  return index;
+}
+
+// The sums of the lanes of kLanes registers, as one register. Each sum adds lanes in the same tree.
+template <int Distance = kLanes / 2>
+LOWRANK_INLINE V lane_sums(const V* v) {
+  // after the stage at `Distance`, output lane bit log2(Distance) selects the input register
+  if constexpr (Distance == 0) {
+    return v[0];
+  } else {
+    V half[Distance];
+    const VI low = low_blocks<Distance>();
+    const VI high = low + Distance;
+#pragma GCC unroll 16
+    for (int i = 0; i < Distance; ++i)
+      half[i] = shuffle(v[i], v[i + Distance], low) + shuffle(v[i], v[i + Distance], high);
+    return lane_sums<Distance / 2>(half);
+  }
+}
+
+template <int Distance = kLanes / 2>
+LOWRANK_INLINE void transpose(V* v) {  // kLanes x kLanes in registers: swap off-diagonal blocks, halving their size
+  if constexpr (Distance > 0) {
+    const VI low = low_blocks<Distance>();
+    const VI high = low + Distance;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if (!(i & Distance)) {
+        V a = v[i], b = v[i + Distance];
+        v[i] = shuffle(a, b, low);
+        v[i + Distance] = shuffle(a, b, high);
+      }
+    transpose<Distance / 2>(v);
+  }
+}
+
+LOWRANK_INLINE void deinterleave(V first, V second, V& even, V& odd) {
+  VI index;
+  for (int i = 0; i < kLanes; ++i) index[i] = 2 * i;
+  even = shuffle(first, second, index);
+  odd = shuffle(first, second, index + 1);
+}
+
+LOWRANK_INLINE void interleave(V even, V odd, V& first, V& second) {
+  VI index;
+  for (int i = 0; i < kLanes; ++i) index[i] = (i & 1) * kLanes + i / 2;
+  first = shuffle(even, odd, index);
+  second = shuffle(even, odd, index + kLanes / 2);
+}
+
+}  // namespace

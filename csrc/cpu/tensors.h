@@ -1,0 +1,175 @@
+// From tensors to the matrices, factors and row ranges that the kernels take.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace lowrank {
+
+using at::Tensor;
+
+inline Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Dtype::f32;
+    case at::kBFloat16: return Dtype::bf16;
+    case at::kHalf: return Dtype::f16;
+    default:
+      TORCH_CHECK(false, "lowrank_fast: the CPU kernels take float32, bfloat16 and float16; got ", x.scalar_type());
+  }
+}
+
+// An activation tensor as rows of its last dimension. Keeps the tensor that owns the memory: the argument itself unless
+// its inner stride or its leading dimensions rule out one row stride, which costs a contiguous copy.
+struct Rows {
+  Tensor owner;
+  Matrix matrix;
+  int64_t count;
+
+  const void* at(int64_t row) const {
+    return static_cast<const char*>(matrix.data) + row * matrix.stride * owner.element_size();
+  }
+  Rows slice(int64_t row, int64_t rows) const { return {owner, from(row), rows}; }
+  Matrix from(int64_t row) const { return {const_cast<void*>(at(row)), matrix.stride, matrix.cols}; }
+};
+
+inline bool single_row_stride(const Tensor& x, int64_t& stride) {
+  const int64_t last = x.dim() - 1;
+  if (x.size(last) > 1 && x.stride(last) != 1) return false;
+  stride = x.size(last);
+  bool first = true;
+  int64_t expected = 0;
+  for (int64_t i = last - 1; i >= 0; --i) {
+    if (x.size(i) == 1) continue;
+    if (first) {
+      stride = x.stride(i);
+      first = false;
+    } else if (x.stride(i) != expected) {
+      return false;
+    }
+    expected = x.stride(i) * x.size(i);
+  }
+  return true;
+}
+
+inline Rows rows_of(const Tensor& x) {
+  TORCH_CHECK(x.dim() >= 1, "lowrank_fast: activations must have at least one dimension");
+  int64_t stride;
+  Tensor owner = single_row_stride(x, stride) ? x : x.contiguous();
+  single_row_stride(owner, stride);
+  const int64_t cols = x.size(-1);
+  return {owner, {owner.data_ptr(), stride, cols}, cols ? x.numel() / cols : 0};
+}
+
+inline void check_rows(const char* name, const Rows& rows, int64_t count, const Tensor& like) {
+  TORCH_CHECK(rows.count == count && rows.owner.scalar_type() == like.scalar_type() && rows.owner.is_cpu(),
+              "lowrank_fast: ", name, " must be a CPU tensor of ", count, " rows of ", like.scalar_type(), "; got ",
+              rows.count, " of ", rows.owner.scalar_type());
+}
+
+// The [k][d] factor of a parameter stored [k, d] (`d_dim` 1) or [d, k] (`d_dim` 0).
+inline Factor factor_of(const Tensor& p, int64_t d_dim, int64_t d) {
+  TORCH_CHECK(p.dim() == 2 && p.is_cpu() && p.size(d_dim) == d, "lowrank_fast: a parameter of sizes ", p.sizes(),
+              " does not match activations [.., ", d, "]");
+  return {p.data_ptr(), dtype_of(p), p.size(1 - d_dim), d, p.stride(1 - d_dim), p.stride(d_dim)};
+}
+
+// Factors stacked along k as one panel for activations of `dtype`: the parameter itself where its layout allows, else
+// packed by `pack`.
+class PanelSource {
+ public:
+  PanelSource() = default;
+  PanelSource(const Factor& factor, Dtype dtype) : PanelSource(std::vector<Factor>{factor}, dtype) {}
+  PanelSource(std::vector<Factor> stack, Dtype dtype) : stack_(std::move(stack)), table_(&kernels(dtype)) {
+    for (const Factor& f : stack_) k_ += f.k;
+    const Factor& f = stack_.front();
+    direct_ = stack_.size() == 1 && f.dtype == Dtype::f32 && !table_->even_odd && f.stride_d == 1 && f.k % 4 == 0 &&
+              f.d % table_->unit == 0;
+  }
+  int64_t k() const { return k_; }
+  int64_t ld() const { return direct_ ? stack_.front().stride_k : table_->padded(stack_.front().d); }
+  int64_t floats() const { return direct_ ? 0 : (k_ + 4) * ld(); }  // of memory that `pack` needs
+  Panel pack(float* memory) const { return pack(memory, 0, stack_.front().d); }
+  Panel pack(float* memory, int64_t begin, int64_t end) const {
+    if (direct_) return {static_cast<const float*>(stack_.front().data), ld()};
+    float* next = memory;  // each factor's zero rows are overwritten by the factor that follows
+    for (const Factor& f : stack_) {
+      table_->pack(f, begin, end, next, ld());
+      next += f.k * ld();
+    }
+    const int64_t written = k_ - stack_.back().k + pad_rank(stack_.back().k);
+    for (int64_t row = written; row < pad_rank(k_); ++row) std::fill(memory + row * ld() + begin, memory + row * ld() + std::min(ld(), end + table_->unit), 0.0f);
+    return {memory, ld()};
+  }
+
+ private:
+  std::vector<Factor> stack_;
+  const Kernels* table_ = nullptr;
+  int64_t k_ = 0;
+  bool direct_ = false;
+};
+
+// Grow-only memory of the calling thread, aligned to a cache line; valid until its next call with the same slot. Fresh
+// pages cost more than the kernels that use them (1.4 us a page here), so they are kept.
+enum class Slot { shared, thread };
+float* workspace(Slot slot, int64_t floats);
+
+inline Dropout dropout_of(double p, const std::optional<Tensor>& seed) {
+  if (p <= 0.0 || !seed.has_value()) return {};
+  TORCH_CHECK(seed->scalar_type() == at::kLong && seed->numel() == 2 && seed->is_contiguous(),
+              "lowrank_fast: seed must be int64 [2]; got ", seed->sizes());
+  const int64_t* words = seed->data_ptr<int64_t>();
+  const double threshold = p * 4294967296.0;
+  return {static_cast<uint64_t>(words[0]), static_cast<uint32_t>(words[1]),
+          threshold >= 4294967295.0 ? 0xffffffffu : static_cast<uint32_t>(threshold), static_cast<float>(1.0 / (1.0 - p)),
+          true};
+}
+
+// ---------------------------------------------------------------------------------------------- threads
+
+// Threads worth waking for `work` multiply-adds: one per ~30 us, and at most one per `grains`.
+inline int64_t thread_count(int64_t work, int64_t grains) {
+  if (at::in_parallel_region()) return 1;
+  return std::max<int64_t>(1, std::min<int64_t>({at::get_num_threads(), grains, work / (1 << 20)}));
+}
+
+// f(thread, begin, end) over a static partition of [0, count) in multiples of `align`: same bits for a thread count.
+template <class F>
+void split(int64_t threads, int64_t count, int64_t align, const F& f) {
+  const int64_t blocks = (count + align - 1) / align;
+  auto run = [&](int64_t i) {
+    const int64_t begin = blocks * i / threads * align, end = std::min(blocks * (i + 1) / threads * align, count);
+    if (begin < end) f(i, begin, end);
+  };
+  if (threads == 1) return run(0);
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) run(i);
+  });
+}
+
+// f(row, rows) over [begin, end) in blocks of kRowBlock.
+template <class F>
+void blocks(int64_t begin, int64_t end, const F& f) {
+  for (int64_t row = begin; row < end; row += kRowBlock) f(row, std::min<int64_t>(kRowBlock, end - row));
+}
+
+inline Tensor empty_result(const Tensor& like) { return at::empty({0}, like.options()); }
+
+inline Tensor hidden(const Tensor& x, int64_t width) {  // [.., width] float32 beside x [.., d]
+  auto sizes = x.sizes().vec();
+  sizes.back() = width;
+  return at::empty(sizes, x.options().dtype(at::kFloat));
+}
+
+inline Tensor activations(const Tensor& x, int64_t width) {  // [.., width] in the dtype of x, contiguous
+  auto sizes = x.sizes().vec();
+  sizes.back() = width;
+  return at::empty(sizes, x.options());
+}
+
+}  // namespace lowrank

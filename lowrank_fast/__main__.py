@@ -1,0 +1,5 @@
+"""`python -m lowrank_fast` is the command `lowrank-fast`."""
+
+from .cli import main
+
+raise SystemExit(main())
