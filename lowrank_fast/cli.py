@@ -214,6 +214,8 @@ def verify_table(cases: Sequence[Case]) -> Table:
 
 def dtype_cell(cases: Sequence[Case]) -> str:
     """`1.2e-07 (51%)`: the largest error, and the largest share that an error had of its limit; or the failures."""
+    if not cases:
+        return ""
     failed = sum(not case.passed for case in cases)
     if failed:
         return f"[red]{failed} FAILED[/red]"

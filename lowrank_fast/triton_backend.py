@@ -33,7 +33,9 @@ from .reference import dropout_threshold
 
 OLDEST_TRITON = (3, 6)
 SMALL, MIDDLE = 128, 2048  # T up to which one launch splits d_out, and up to which d_in is split
-WIDE = 128  # padded rank from which partials of u cost more than a second pass over g
+# From this padded rank on, and from this many partials on, adding the partials of u in every column tile of dx (in flight in
+# shared memory, 2 KB each at r = 16) costs more than a second pass over g.
+WIDE, MOST_PARTS = 64, 8
 
 
 def unavailable_reason() -> str | None:
@@ -125,6 +127,20 @@ def _hidden(x: Tensor, width: int) -> Tensor:
 
 def _table(kernel: str, arch: str, x: Tensor, width: int, T: int) -> Any:
     return kernels("table").row(kernel, arch, x.element_size(), width, T)
+
+
+def _chunks(rank: int) -> list[slice]:
+    """The ranks that one launch takes at a time."""
+    widest = kernels("table").WIDEST
+    return [slice(first, min(first + widest, rank)) for first in range(0, rank, widest)]
+
+
+def _check_bank(A: Tensor) -> None:
+    if A.shape[0] > kernels("table").WIDEST:
+        raise ValueError(
+            f"routed_projection: backend 'triton' takes ranks up to {kernels('table').WIDEST}; got {A.shape[0]}: "
+            "use backend 'reference'"
+        )
 
 
 def _segment(d: int, tile: Any) -> tuple[int, int]:
@@ -313,6 +329,14 @@ def _residual_add(
     T, rank = x.shape[0], A.shape[0]
     if T == 0 or out.shape[1] == 0:
         return
+    if rank > kernels("table").WIDEST:
+        for part in _chunks(rank):
+            hidden = None if t is None else t.new_empty(T, part.stop - part.start)
+            _residual_add(y, x, A[part], B[:, part], out, hidden, scale, p, seed)
+            if t is not None:
+                t.view(T, rank)[:, part] = hidden
+            y = out
+        return
     drop, threshold, keep_scale = _dropout(p, seed)
     seed = seed if drop else None
     if T <= SMALL or T > MIDDLE:
@@ -334,7 +358,12 @@ def shrink(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tenso
     t = _hidden(x, A.shape[0])
     drop, threshold, keep_scale = _dropout(dropout_p, seed)
     if x.numel() // max(x.shape[-1], 1):
-        _shrink("shrink", _rows(x), A, t, keep_scale, seed if drop else None, threshold)
+        for part in _chunks(A.shape[0]):
+            width = part.stop - part.start
+            hidden = t if width == A.shape[0] else _hidden(x, width)
+            _shrink("shrink", _rows(x), A[part], hidden, keep_scale, seed if drop else None, threshold)
+            if hidden is not t:
+                t[..., part] = hidden
     return t
 
 
@@ -352,8 +381,10 @@ def expand_add_(y: Tensor, t: Tensor, B: Tensor, scale: float) -> None:
 
 def _expand_add(y: Tensor, t: Tensor, B: Tensor, scale: float, out: Tensor) -> None:
     with _Target(out) as target:
-        if target.numel():
-            _expand("expand_add", _rows(y), _rows(t).contiguous(), B, target, scale)
+        source = _rows(y)
+        for part in _chunks(B.shape[1]) if target.numel() else []:
+            _expand("expand_add", source, _rows(t)[:, part].contiguous(), B[:, part], target, scale)
+            source = target
 
 
 def shrink_backward(
@@ -361,6 +392,12 @@ def shrink_backward(
     need_dx: bool, need_dA: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`dx = dropout(dt A)` and `dA = dt^T dropout(x)`."""
+    if A.shape[0] > kernels("table").WIDEST:
+        pieces = [
+            shrink_backward(dt[..., part].contiguous(), x, A[part], dropout_p, seed, dx_dtype, need_dx, need_dA)
+            for part in _chunks(A.shape[0])
+        ]
+        return _joined(pieces, (None, 0))
     state = _Backward("shrink_backward", dt, x, A, None, dropout_p, seed, dx_dtype)
     state.u, state.parts = _rows(dt).contiguous(), 1
     dx, dA = state.allocate(need_dx, A if need_dA else None)
@@ -373,6 +410,12 @@ def expand_add_backward(
     g: Tensor, t: Tensor, B: Tensor, scale: float, need_dt: bool, need_dB: bool
 ) -> tuple[Tensor, Tensor]:
     """`dt = scale * g B` in float32 and `dB = scale * g^T t`."""
+    if B.shape[1] > kernels("table").WIDEST:
+        pieces = [
+            expand_add_backward(g, t[..., part].contiguous(), B[:, part], scale, need_dt, need_dB)
+            for part in _chunks(B.shape[1])
+        ]
+        return _joined(pieces, (-1, 1))
     dt = _hidden(g, B.shape[1]) if need_dt else _empty(g, torch.float32)
     dB = torch.empty_like(B) if need_dB else _empty(B)
     rows = _rows(g)
@@ -384,6 +427,17 @@ def expand_add_backward(
         state.up(emit_u=False, need_dB=True)
         state.reduce(dB=dB)
     return dt, dB
+
+
+def _joined(pieces: list[tuple[Tensor, ...]], dims: tuple[int | None, ...]) -> Any:
+    """Results of chunks of the rank as one: added where the dimension is None, else concatenated along it."""
+    results = []
+    for values, dim in zip(zip(*pieces, strict=True), dims, strict=True):
+        if values[0].numel() == 0:
+            results.append(values[0])
+        else:
+            results.append(torch.cat(values, dim) if dim is not None else functools.reduce(torch.add, values))
+    return tuple(results)
 
 
 # ------------------------------------------------------------------------------------------------ backward
@@ -464,6 +518,32 @@ class _Backward:
             )
         )  # fmt: skip
 
+    def wide(self) -> bool:
+        """Whether `u` should reach `down` as one tensor, not as one partial per column tile of `g`."""
+        arch = _plan(self.op, self.g)[1]
+        tile = _table("up", arch, self.g, padded(self.rank), self.T)
+        return padded(self.rank) >= WIDE or _cdiv(self.g.shape[1], tile.cols) > MOST_PARTS
+
+    def sum_u(self) -> None:
+        """Add the partials of `u` once, where adding them in every column tile of `dx` would cost more."""
+        if self.u is None or self.parts == 1:
+            return
+        launch, arch = _plan(self.op, self.g)
+        tile = _table("reduce", arch, self.g, padded(self.rank), self.T)
+        u, count, block = self._floats(self.T, self.rank), self.T * self.rank, 8 * tile.cols
+        launch.run(
+            launch.Launch(
+                "sum_parts_kernel",
+                kernels("reduce").sum_parts_kernel,
+                (_cdiv(count, block), 1, 1),
+                (self.u, u, count, self.parts),
+                dict(BLOCK=block),
+                tile.warps,
+                tile.stages,
+            )
+        )
+        self.u, self.parts = u, 1
+
     def _allocate_dB(self) -> None:
         experts = self.experts if self.mix == "token" else 1
         self.b_parts = self._floats(self.groups * self.runs, experts * self.rank, self.g.shape[1])
@@ -480,7 +560,7 @@ class _Backward:
         T, D, rank = self.T, self.A.shape[1], self.rank
         N = self.g.shape[1] if with_dB else 0
         slots = self._slots() if with_dB else 1
-        width = max(padded(rank) * slots, padded(self.experts) if self.router == "x" else 0)
+        width = padded(rank) * slots + (padded(self.experts) if self.router == "x" else 0)
         sample = self.g if dx is None else dx
         tile = _table("down", arch, sample, width, T)
         down_tiles = _cdiv(D, tile.cols) if need_dx or need_dA or (need_dR and self.router == "x") else 0
@@ -570,6 +650,14 @@ def residual_add_backward(
     need_dx: bool, need_dA: bool, need_dB: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`u = scale * g B`, `dx = u A`, `dA = u^T x`, `dB = scale * g^T t`."""
+    if A.shape[0] > kernels("table").WIDEST:
+        pieces = [
+            residual_add_backward(
+                g, x, t[..., part].contiguous(), A[part], B[:, part], scale, dropout_p, seed, need_dx, need_dA, need_dB
+            )
+            for part in _chunks(A.shape[0])
+        ]  # fmt: skip
+        return _joined(pieces, (None, 0, 1))
     state = _Backward("residual_add_backward", g, x, A, B, dropout_p, seed, g.dtype)
     dx, dA = state.allocate(need_dx, A if need_dA else None)
     dB = torch.empty_like(B) if need_dB else _empty(B)
@@ -582,7 +670,7 @@ def residual_add_backward(
         _fused(state.op, state.g, B.mT, None, A.mT, rows, None, scale, state.keep_scale, state.seed, state.threshold, drop)
         return dx, dA, dB
     need_u = need_dx or need_dA
-    by_rows = need_u and (not need_dB or padded(state.rank) >= WIDE)
+    by_rows = need_u and (not need_dB or state.wide())
     if by_rows:
         state.u = state._floats(state.T, state.rank)
         _shrink(state.op, state.g, B.mT, state.u, scale, None, 0)
@@ -621,6 +709,7 @@ def _routed_projection(
     token_mask: Tensor | None, scale: float, routing: str, router_input: str, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     op = "routed_projection"
+    _check_bank(A)
     experts = B.shape[0]
     static, token = routing == "static", routing == "token"
     groups = x.shape[0] if routing == "sample" else 1
@@ -691,6 +780,8 @@ def routed_projection_backward(
         state.down(dx, need_dA, need_dR=need_dR, with_dB=need_dB)
     else:
         state.up(emit_u=need_u, need_dB=need_dB, need_dw=need_dweights or (learned and not token))
+        if state.wide():
+            state.sum_u()
         state.down(dx, need_dA, need_dR=need_dR)
     state.reduce(
         dA=dA if need_dA else None, dB=dB if need_dB else None, dR=dR if need_dR else None,

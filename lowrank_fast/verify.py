@@ -204,7 +204,7 @@ def draw_inputs(problem: Problem, seed: int) -> tuple[dict[str, Tensor], dict[st
         "A": normal(shape.rank, shape.d_in, dtype=parameter, scale=shape.d_in**-0.5),
         "B": normal(*bank, shape.d_out, shape.rank, dtype=parameter, scale=shape.rank**-0.5),
         "R": normal(shape.experts, shape.rank, dtype=parameter, scale=shape.rank**-0.5),
-        "weights": torch.rand(shape.experts, generator=generator),
+        "weights": torch.rand(shape.experts, generator=generator).to(ref.accumulate_dtype(activation)),
     }
     if problem.router_input == "x":
         made["R"] = normal(shape.experts, shape.d_in, dtype=parameter, scale=shape.d_in**-0.5)

@@ -58,6 +58,12 @@ Scratch& scratch() {
   return s;
 }
 
+float* grouped_scratch(int64_t floats) {
+  static thread_local std::vector<float> buffer;
+  if (static_cast<int64_t>(buffer.size()) < floats) buffer.resize(floats);
+  return buffer.data();
+}
+
 const Kernels& kernels(Dtype dtype) { return current()->table[static_cast<int>(dtype)]; }
 
 std::string isa() { return current()->name; }

@@ -6,7 +6,8 @@
 
 namespace lowrank {
 
-constexpr int64_t kColumnSplitRows = 256;  // up to here the second half is split over columns, not rows
+constexpr int64_t kFewRows = 256;     // up to here both halves read their parameters once, a piece at a time
+constexpr int64_t kPackColumns = 256;  // columns of such a piece, which stays in the first-level cache
 
 struct Shrink {  // t = dropout(x) P^T
   const Rows& x;
@@ -23,45 +24,83 @@ struct Expand {  // out = y + z Q; y null: out = z Q, through dropout's mask
   Dropout drop;
 };
 
+// f(panel, begin, end) over pieces of columns [begin, end) of the source, packed as they come.
+template <class F>
+void pieces(const PanelSource& source, int64_t begin, int64_t end, const F& f) {
+  if (source.direct()) return f(source.in_place(), begin, end);
+  float* memory = workspace(Slot::piece, source.floats(kPackColumns));
+  for (; begin < end; begin += kPackColumns) {
+    const int64_t stop = std::min(begin + kPackColumns, end);
+    f(source.pack(memory, begin, stop), begin, stop);
+  }
+}
+
+// t of the rows [begin, end), for few of them: t [end - begin][pad_rank(k)].
+inline void shrink_few(const Kernels& table, const Rows& x, const PanelSource& P, int64_t k, const Dropout& drop,
+                       int64_t begin, int64_t end, float* t) {
+  const int64_t tk = pad_rank(k), cols = x.matrix.cols;
+  if (P.direct() || (tk <= kRankBlock && end - begin <= kRowBlock)) {
+    pieces(P, 0, cols, [&](Panel panel, int64_t from, int64_t to) {
+      blocks(begin, end, [&](int64_t row, int64_t rows) {
+        table.shrink(x.from(row), rows, panel, tk, t + (row - begin) * tk, drop, row, from, to);
+      });
+    });
+    return;
+  }
+  const Panel panel = P.pack(workspace(Slot::thread, P.floats(cols)), 0, cols);
+  blocks(begin, end, [&](int64_t row, int64_t rows) {
+    table.shrink(x.from(row), rows, panel, tk, t + (row - begin) * tk, drop, row, 0, cols);
+  });
+}
+
+template <class Middle>
+void forward_few(const Kernels& table, int64_t threads, int64_t count, const Shrink* first, const Expand* second,
+                 const Middle& middle) {
+  const int64_t tk = first ? pad_rank(first->k) : 0, zk = second ? pad_rank(second->k) : 0;
+  float* t = workspace(Slot::shared, count * (tk + zk));
+  float* z = t + count * tk;
+  split(threads, count, 8, [&](int64_t, int64_t begin, int64_t end) {
+    if (first) shrink_few(table, first->x, first->P, first->k, first->drop, begin, end, t + begin * tk);
+    middle(begin, end - begin, first ? t + begin * tk : nullptr, second ? z + begin * zk : nullptr);
+  });
+  if (!second) return;
+  const int64_t cols = second->out.matrix.cols, row_equivalents = count + 16;  // packing a column costs about 16 rows of it
+  split(thread_count(row_equivalents * zk * cols, cols / 64), cols, 64, [&](int64_t, int64_t begin, int64_t end) {
+    pieces(second->Q, begin, end, [&](Panel panel, int64_t from, int64_t to) {
+      blocks(0, count, [&](int64_t row, int64_t rows) {
+        Matrix y;
+        if (second->y) y = second->y->from(row);
+        table.expand(second->y ? &y : nullptr, second->out.from(row), rows, z + row * zk, panel, zk, from, to,
+                     second->drop, row);
+      });
+    });
+  });
+}
+
 // middle(row, rows, t, z): from t [rows][pad_rank(k)] (null without `first`) to z (null without `second`), for the rows
 // from `row` on. Runs on the thread that holds them; must write the padding of z as zeros.
 template <class Middle>
 void forward(int64_t count, const Shrink* first, const Expand* second, const Middle& middle) {
   const int64_t tk = first ? pad_rank(first->k) : 0, zk = second ? pad_rank(second->k) : 0;
-  const int64_t work = count * ((first ? first->x.matrix.cols * tk : 0) + (second ? second->out.matrix.cols * zk : 0));
+  const int64_t x_cols = first ? first->x.matrix.cols : 0, y_cols = second ? second->out.matrix.cols : 0;
   const Kernels& table = kernels(dtype_of(first ? first->x.owner : second->out.owner));
-  const int64_t p_floats = first ? first->P.floats() : 0, q_floats = second ? second->Q.floats() : 0;
-  const int64_t threads = thread_count(work, (count + 7) / 8);
-  const bool split_columns = second && threads > 1 && count <= kColumnSplitRows;
-  float* shared_z = split_columns ? workspace(Slot::shared, count * zk) : nullptr;
+  const int64_t threads = thread_count(count * (x_cols * tk + y_cols * zk), (count + 7) / 8);
+  if (count <= kFewRows) return forward_few(table, threads, count, first, second, middle);
 
+  const int64_t p_floats = first ? first->P.floats(x_cols) : 0, q_floats = second ? second->Q.floats(y_cols) : 0;
   split(threads, count, 8, [&](int64_t, int64_t begin, int64_t end) {
     // every thread packs for itself: a panel is small beside the rows, and a second parallel region is not cheap
     float* memory = workspace(Slot::thread, kRowBlock * (tk + zk) + p_floats + q_floats);
-    float *t = memory, *z = t + kRowBlock * tk, *p_memory = z + kRowBlock * zk, *q_memory = p_memory + p_floats;
-    const Panel P = first ? first->P.pack(p_memory) : Panel{};
-    const Panel Q = second && !split_columns ? second->Q.pack(q_memory) : Panel{};
+    float *t = memory, *z = t + kRowBlock * tk, *p_memory = z + kRowBlock * zk;
+    const Panel P = first ? first->P.pack(p_memory, 0, x_cols) : Panel{};
+    const Panel Q = second ? second->Q.pack(p_memory + p_floats, 0, y_cols) : Panel{};
     blocks(begin, end, [&](int64_t row, int64_t rows) {
-      if (first)
-        table.shrink(first->x.from(row), rows, P, tk, t, second && second->y ? second->y->at(row) : nullptr, first->drop,
-                     row);
-      float* target = split_columns ? shared_z + row * zk : z;
-      middle(row, rows, first ? t : nullptr, second ? target : nullptr);
-      if (!second || split_columns) return;
+      if (first) table.shrink(first->x.from(row), rows, P, tk, t, first->drop, row, 0, x_cols);
+      middle(row, rows, first ? t : nullptr, second ? z : nullptr);
+      if (!second) return;
       Matrix y;
       if (second->y) y = second->y->from(row);
-      table.expand(second->y ? &y : nullptr, second->out.from(row), rows, target, Q, zk, 0, second->out.matrix.cols,
-                   nullptr, second->drop, row);
-    });
-  });
-  if (!split_columns) return;
-  split(threads, second->out.matrix.cols, 64, [&](int64_t, int64_t begin, int64_t end) {
-    const Panel Q = second->Q.pack(workspace(Slot::thread, q_floats), begin, end);
-    blocks(0, count, [&](int64_t row, int64_t rows) {
-      Matrix y;
-      if (second->y) y = second->y->from(row);
-      table.expand(second->y ? &y : nullptr, second->out.from(row), rows, shared_z + row * zk, Q, zk, begin, end, nullptr,
-                   second->drop, row);
+      table.expand(second->y ? &y : nullptr, second->out.from(row), rows, z, Q, zk, 0, y_cols, second->drop, row);
     });
   });
 }
@@ -82,6 +121,59 @@ struct ExpandOuter {  // dx = u P (dx null: not needed), dP = u^T dropout(x) (dP
   Dropout drop;
 };
 
+// sums [k][ld] over `count` panels `step` apart, columns [begin, end), into the stacked factors (data null: skipped).
+inline void store_factors(const Kernels& table, const std::vector<Factor>& targets, const float* sums, int64_t count,
+                          int64_t step, int64_t ld, int64_t begin, int64_t end) {
+  for (const Factor& target : targets) {
+    if (target.data) table.unpack(sums, count, step, ld, target, begin, end);
+    sums += target.k * ld;
+  }
+}
+
+// z^T x for few rows, a piece of columns at a time, straight into the factors.
+inline void outer_few(const Kernels& table, const Rows& x, int64_t count, const float* z, int64_t k,
+                      const std::vector<Factor>& targets, const Dropout& drop, int64_t begin, int64_t end) {
+  const int64_t ld = panel_ld(table, kPackColumns);
+  float* memory = workspace(Slot::piece, pad_rank(k) * ld);
+  for (; begin < end; begin += kPackColumns) {
+    const int64_t stop = std::min(begin + kPackColumns, end);
+    if (count == 0) std::fill_n(memory, pad_rank(k) * ld, 0.0f);
+    blocks(0, count, [&](int64_t row, int64_t rows) {
+      table.outer(x.from(row), rows, z + row * pad_rank(k), pad_rank(k), memory - begin, ld, row > 0, begin, stop, drop,
+                  row);
+    });
+    store_factors(table, targets, memory - begin, 1, 0, ld, begin, stop);
+  }
+}
+
+template <class Source, class Middle>
+void backward_few(const Kernels& table, int64_t threads, int64_t count, const ShrinkOuter* first,
+                  const ExpandOuter* second, int64_t g_cols, int64_t x_cols, const Source& source, const Middle& middle) {
+  const int64_t vk = first ? pad_rank(first->k) : 0, uk = second ? pad_rank(second->k) : 0;
+  float* z = workspace(Slot::shared, count * (2 * vk + uk));
+  float *v = z + count * vk, *u = v + count * vk;
+  split(threads, count, 8, [&](int64_t, int64_t begin, int64_t end) {
+    if (first && !first->dQ.empty()) source(begin, end - begin, z + begin * vk);
+    if (first && first->Q) shrink_few(table, first->g, *first->Q, first->k, {}, begin, end, v + begin * vk);
+    middle(begin, end - begin, first && first->Q ? v + begin * vk : nullptr, second ? u + begin * uk : nullptr);
+  });
+  // both column ranges are cut by the same split, so that one parallel region serves them
+  const int64_t cols = std::max(g_cols, x_cols), row_equivalents = count + 16;  // as in forward_few
+  split(thread_count(2 * row_equivalents * (g_cols * vk + x_cols * uk), cols / 64), cols, 64, [&](int64_t, int64_t begin, int64_t end) {
+    if (first && !first->dQ.empty() && begin < g_cols)
+      outer_few(table, first->g, count, z, first->k, first->dQ, {}, begin, std::min(end, g_cols));
+    if (!second || begin >= x_cols) return;
+    end = std::min(end, x_cols);
+    if (second->dx)
+      pieces(second->P, begin, end, [&](Panel panel, int64_t from, int64_t to) {
+        blocks(0, count, [&](int64_t row, int64_t rows) {
+          table.expand(nullptr, second->dx->from(row), rows, u + row * uk, panel, uk, from, to, second->drop, row);
+        });
+      });
+    if (!second->dP.empty()) outer_few(table, *second->x, count, u, second->k, second->dP, second->drop, begin, end);
+  });
+}
+
 // source(row, rows, z): writes z [rows][pad_rank(first.k)] for dQ. middle(row, rows, v, u): from v = g Q^T to u for the
 // second half; without `first`, v is null and middle is the source of u.
 template <class Source, class Middle>
@@ -92,50 +184,46 @@ void backward(int64_t count, const ShrinkOuter* first, const ExpandOuter* second
   const int64_t vk = first ? pad_rank(first->k) : 0, uk = second ? pad_rank(second->k) : 0;
   const int64_t g_cols = first ? first->g.matrix.cols : 0;
   const int64_t x_cols = second ? (second->dx ? second->dx : second->x)->matrix.cols : 0;
-  const int64_t q_ld = first ? table.padded(g_cols) : 0, p_ld = second ? table.padded(x_cols) : 0;
-  const int64_t dq_floats = first && !first->dQ.empty() ? vk * q_ld : 0, dp_floats = second && !second->dP.empty() ? uk * p_ld : 0;
-  const int64_t q_floats = first && first->Q ? first->Q->floats() : 0;
-  const int64_t p_floats = second && second->dx ? second->P.floats() : 0;
-  const int64_t work = 2 * count * (g_cols * vk + x_cols * uk);
-  const int64_t threads = thread_count(work, (count + 7) / 8);
+  const int64_t threads = thread_count(2 * count * (g_cols * vk + x_cols * uk), (count + 7) / 8);
+  if (count <= kFewRows) return backward_few(table, threads, count, first, second, g_cols, x_cols, source, middle);
+
+  const bool need_dQ = first && !first->dQ.empty(), need_dP = second && !second->dP.empty();
+  const int64_t q_ld = panel_ld(table, g_cols), p_ld = panel_ld(table, x_cols);
+  const int64_t dq_floats = need_dQ ? vk * q_ld : 0, dp_floats = need_dP ? uk * p_ld : 0;
+  const int64_t q_floats = first && first->Q ? first->Q->floats(g_cols) : 0;
+  const int64_t p_floats = second && second->dx ? second->P.floats(x_cols) : 0;
   float* sums = workspace(Slot::shared, threads * (dq_floats + dp_floats));
 
   split(threads, count, 8, [&](int64_t thread, int64_t begin, int64_t end) {
     float* memory = workspace(Slot::thread, kRowBlock * (2 * vk + uk) + q_floats + p_floats);
-    float *z = memory, *v = z + kRowBlock * vk, *u = v + kRowBlock * vk;
-    float *q_memory = u + kRowBlock * uk, *p_memory = q_memory + q_floats;
+    float *z = memory, *v = z + kRowBlock * vk, *u = v + kRowBlock * vk, *q_memory = u + kRowBlock * uk;
     float *dq = sums + thread * dq_floats, *dp = sums + threads * dq_floats + thread * dp_floats;
-    const Panel Q = first && first->Q ? first->Q->pack(q_memory) : Panel{};
-    const Panel P = second && second->dx ? second->P.pack(p_memory) : Panel{};
+    const Panel Q = q_floats ? first->Q->pack(q_memory, 0, g_cols) : Panel{};
+    const Panel P = p_floats ? second->P.pack(q_memory + q_floats, 0, x_cols) : Panel{};
     blocks(begin, end, [&](int64_t row, int64_t rows) {
       const bool accumulate = row > begin;
       if (first) {
-        if (dq_floats) source(row, rows, z);
-        table.shrink_outer(first->g.from(row), rows, Q, vk, first->Q ? v : nullptr, z, dq_floats ? dq : nullptr, q_ld,
-                           accumulate, nullptr);
+        if (need_dQ) source(row, rows, z);
+        table.shrink_outer(first->g.from(row), rows, Q, vk, first->Q ? v : nullptr, z, need_dQ ? dq : nullptr, q_ld,
+                           accumulate);
       }
-      if (!second) return middle(row, rows, first && first->Q ? v : nullptr, nullptr);
-      middle(row, rows, first ? v : nullptr, u);
+      middle(row, rows, first && first->Q ? v : nullptr, second ? u : nullptr);
+      if (!second) return;
       Matrix x, dx;
       if (second->x) x = second->x->from(row);
       if (second->dx) dx = second->dx->from(row);
-      table.expand_outer(u, P, uk, second->dx ? &dx : nullptr, second->x ? &x : nullptr, rows, dp_floats ? dp : nullptr,
-                         p_ld, accumulate, nullptr, second->drop, row);
+      table.expand_outer(u, P, uk, second->dx ? &dx : nullptr, second->x ? &x : nullptr, rows, need_dP ? dp : nullptr,
+                         p_ld, accumulate, second->drop, row);
     });
   });
-  if (count == 0) std::fill_n(sums, dq_floats + dp_floats, 0.0f);
-  auto reduce = [&](const std::vector<Factor>& targets, const float* panels, int64_t step, int64_t ld, int64_t cols) {
-    const int64_t helpers = thread_count(threads * step * 8, cols / 64);
-    split(helpers, cols, 64, [&](int64_t, int64_t begin, int64_t end) {
-      const float* from = panels;
-      for (const Factor& target : targets) {
-        if (target.data) table.unpack(from, threads, step, ld, target, begin, end);
-        from += target.k * ld;
-      }
+  // the second stage: threads' sums in the order of their rows
+  auto reduce = [&](const std::vector<Factor>& targets, const float* from, int64_t step, int64_t ld, int64_t cols) {
+    split(thread_count(threads * step * 8, cols / 64), cols, 64, [&](int64_t, int64_t begin, int64_t end) {
+      store_factors(table, targets, from, threads, step, ld, begin, end);
     });
   };
-  if (dq_floats) reduce(first->dQ, sums, dq_floats, q_ld, g_cols);
-  if (dp_floats) reduce(second->dP, sums + threads * dq_floats, dp_floats, p_ld, x_cols);
+  if (need_dQ) reduce(first->dQ, sums, dq_floats, q_ld, g_cols);
+  if (need_dP) reduce(second->dP, sums + threads * dq_floats, dp_floats, p_ld, x_cols);
 }
 
 // ---------------------------------------------------------------------------------------------- small steps

@@ -55,6 +55,7 @@ struct Scratch {  // one per thread; 260 KB, so that it stays in the second-leve
   alignas(64) float multipliers[kMaxChunk];
 };
 Scratch& scratch();
+float* grouped_scratch(int64_t floats);  // per thread, for z in the order that `expand` reads it; any k
 
 struct Kernels {
   int64_t unit;  // columns that one step of a kernel covers; panels are padded to it
@@ -67,21 +68,22 @@ struct Kernels {
   void (*unpack)(const float* panels, int64_t count, int64_t step, int64_t ld, const Factor& target, int64_t begin,
                  int64_t end);
 
-  // t = x P^T. `next` is prefetched (may be null); first_row is the absolute row of x, for dropout.
-  void (*shrink)(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, const void* next, const Dropout& drop,
-                 int64_t first_row);
+  // t = x P^T, summed over columns [begin, end): adds to what the thread's scratch holds from [0, begin), and writes t when
+  // end is the last column. More than kRankBlock ranks take all columns in one call. first_row is the absolute row of x, for dropout.
+  void (*shrink)(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, const Dropout& drop, int64_t first_row,
+                 int64_t begin, int64_t end);
   // out = y + z P over columns [begin, end); y null: out = z P
   void (*expand)(const Matrix* y, const Matrix& out, int64_t rows, const float* z, Panel P, int64_t k, int64_t begin,
-                 int64_t end, const void* next, const Dropout& drop, int64_t first_row);
+                 int64_t end, const Dropout& drop, int64_t first_row);
   // acc [k][ld] (+)= z^T x over columns [begin, end)
   void (*outer)(const Matrix& x, int64_t rows, const float* z, int64_t k, float* acc, int64_t ld, bool accumulate,
                 int64_t begin, int64_t end, const Dropout& drop, int64_t first_row);
   // shrink and outer over one read of g: u = g P^T (skipped when u is null), acc (+)= z^T g (skipped when acc is null)
   void (*shrink_outer)(const Matrix& g, int64_t rows, Panel P, int64_t k, float* u, const float* z, float* acc,
-                       int64_t ld, bool accumulate, const void* next);
+                       int64_t ld, bool accumulate);
   // expand and outer over one pass: dx = z P (skipped when dx is null), acc (+)= z^T x (skipped when acc is null)
   void (*expand_outer)(const float* z, Panel P, int64_t k, const Matrix* dx, const Matrix* x, int64_t rows, float* acc,
-                       int64_t ld, bool accumulate, const void* next, const Dropout& drop, int64_t first_row);
+                       int64_t ld, bool accumulate, const Dropout& drop, int64_t first_row);
   // row-wise softmax of [rows][stride] over the first `experts` columns, in place
   void (*softmax)(float* logits, int64_t rows, int64_t experts, int64_t stride);
 };

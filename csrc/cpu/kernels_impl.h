@@ -4,10 +4,12 @@
 //   expand   out[row, d] = y[row, d] + sum_k z[row, k] P[k, d]      8 rows x 1 unit, d in the lanes
 //   outer    acc[k, d]  += sum_row z[row, k] x[row, d]  8 ranks x 1 unit, d in the lanes
 //
-// Every kernel walks d in chunks so that the panel's chunk (`kChunkBytes`) stays in the first-level cache while the rows
+// Every kernel walks d in chunks so that the panel's chunk (`kChunkBytes`) stays in the caches while the rows
 // stream past it. One accumulator per (row, rank) runs over all of d whatever the block shape, and expand sums the ranks
 // before it adds y: so a row's bits do not depend on the rows beside it.
 #pragma once
+
+#include <type_traits>
 
 #include "kernels.h"
 #include "simd.h"
@@ -16,7 +18,7 @@ namespace {
 
 using namespace lowrank;
 
-constexpr int64_t kChunkBytes = 32 * 1024;
+constexpr int64_t kChunkBytes = 64 * 1024;
 constexpr int kShrinkRanks = kLanes == 16 ? 4 : 2;  // 16 or 8 accumulators of the 32 or 16 registers
 constexpr int kExpandRows = kLanes == 16 ? 8 : 4;
 constexpr int kOuterRanks = kLanes == 16 ? 8 : 4;
@@ -159,14 +161,6 @@ static void sum_lanes(const float* acc, int64_t n, float* t) {
   }
 }
 
-LOWRANK_INLINE void prefetch_rows(const void* next, int64_t rows, int64_t row_bytes, int64_t begin, int64_t end) {
-  if (!next) return;
-  for (int64_t row = 0; row < rows; ++row) {
-    const char* p = static_cast<const char*>(next) + row * row_bytes;
-    for (int64_t byte = begin; byte < end; byte += 64) __builtin_prefetch(p + byte, 0, 2);
-  }
-}
-
 // x * multipliers as float32 [rows][columns rounded up], in panel order, so that the F32 kernels can read it.
 template <class D>
 static void drop_chunk(const Matrix& x, int64_t rows, int64_t begin, int64_t columns, const Dropout& drop,
@@ -187,14 +181,14 @@ static void drop_chunk(const Matrix& x, int64_t rows, int64_t begin, int64_t col
 
 // Ranks are taken kRankBlock at a time, which bounds the scratch.
 template <class D>
-static void shrink(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, const void* next, const Dropout& drop,
-                   int64_t first_row) {
+static void shrink(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, const Dropout& drop, int64_t first_row,
+                   int64_t from, int64_t to) {
   Scratch& s = scratch();
   const int64_t chunk = chunk_columns(k < kRankBlock ? k : kRankBlock);
   for (int64_t rank = 0; rank < k; rank += kRankBlock) {
     const int64_t ranks = k - rank < kRankBlock ? k - rank : kRankBlock;
-    for (int64_t begin = 0; begin < x.cols; begin += chunk) {
-      const int64_t columns = x.cols - begin < chunk ? x.cols - begin : chunk;
+    for (int64_t begin = from; begin < to; begin += chunk) {
+      const int64_t columns = to - begin < chunk ? to - begin : chunk;
       const float* panel = P.data + rank * P.ld + begin;
       if (drop.on) {
         drop_chunk<D>(x, rows, begin, columns, drop, first_row, s.rows, chunk);
@@ -203,13 +197,13 @@ static void shrink(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, 
         shrink_chunk<D>(row_of<D>(x, 0, begin), x.stride, rows, panel, P.ld, columns, s.lanes, ranks, begin > 0);
       }
     }
+    if (to < x.cols) continue;
     if (ranks == k) {
       sum_lanes(s.lanes, rows * k, t);
     } else {
       for (int64_t row = 0; row < rows; ++row) sum_lanes(s.lanes + row * ranks * kLanes, ranks, t + row * k + rank);
     }
   }
-  (void)next;
 }
 
 // ---------------------------------------------------------------------------------------------- expand
@@ -224,22 +218,30 @@ LOWRANK_INLINE void expand_rows(const typename D::T* y, int64_t y_stride, typena
     const float* p = P + d;
     for (int64_t rank = 0; rank < k; ++rank, p += ld) {
       V pa = load(p), pb = load(p + kLanes);
+      LOWRANK_IN_REGISTER(pa);
+      LOWRANK_IN_REGISTER(pb);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
-        V w = broadcast(z[i * k + rank]);
+        V w = broadcast(z[rank * R + i]);
         a[i] += w * pa;
         b[i] += w * pb;
       }
     }
+    const typename D::T* from = y + d;  // walked, not indexed: sixteen row pointers would push vectors out of registers
+    typename D::T* to = out + d;
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
       if (y) {
         V ya, yb;
-        load_unit(y + i * y_stride + d, ya, yb);
+        load_unit(from, ya, yb);
         a[i] = ya + a[i];
         b[i] = yb + b[i];
+        from += y_stride;
+        LOWRANK_OPAQUE(from);
       }
-      store_unit(out + i * out_stride + d, a[i], b[i]);
+      store_unit(to, a[i], b[i]);
+      to += out_stride;
+      LOWRANK_OPAQUE(to);
     }
   };
   int64_t d = 0;
@@ -250,17 +252,28 @@ LOWRANK_INLINE void expand_rows(const typename D::T* y, int64_t y_stride, typena
         [&](typename D::T* p, V va, V vb) { store2_tail<D>(p, columns - d, va, vb); });
 }
 
+// z [rows][k] -> groups of kExpandRows, then 2, then 1 rows, each [k][rows of the group]: one pointer reads a group.
+static void group_rows(const float* z, int64_t rows, int64_t k, float* grouped) {
+  for (int64_t row = 0; row < rows;) {
+    const int64_t R = rows - row >= kExpandRows ? kExpandRows : rows - row >= 2 ? 2 : 1;
+    for (int64_t i = 0; i < R; ++i)
+      for (int64_t rank = 0; rank < k; ++rank) grouped[rank * R + i] = z[(row + i) * k + rank];
+    grouped += R * k;
+    row += R;
+  }
+}
+
 template <class D>
 static void expand_chunk(const typename D::T* y, int64_t y_stride, typename D::T* out, int64_t out_stride, int64_t rows,
-                         const float* z, const float* P, int64_t ld, int64_t k, int64_t columns) {
+                         const float* grouped, const float* P, int64_t ld, int64_t k, int64_t columns) {
   int64_t row = 0;
   auto at = [&](int64_t r) { return y ? y + r * y_stride : nullptr; };
   for (; row + kExpandRows <= rows; row += kExpandRows)
-    expand_rows<D, kExpandRows>(at(row), y_stride, out + row * out_stride, out_stride, z + row * k, P, ld, k, columns);
+    expand_rows<D, kExpandRows>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, ld, k, columns);
   for (; row + 2 <= rows; row += 2)
-    expand_rows<D, 2>(at(row), y_stride, out + row * out_stride, out_stride, z + row * k, P, ld, k, columns);
+    expand_rows<D, 2>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, ld, k, columns);
   for (; row < rows; ++row)
-    expand_rows<D, 1>(at(row), y_stride, out + row * out_stride, out_stride, z + row * k, P, ld, k, columns);
+    expand_rows<D, 1>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, ld, k, columns);
 }
 
 // out = (z P) * multipliers: the gradient through dropout
@@ -284,17 +297,18 @@ static void expand_dropped(const Matrix& out, int64_t rows, const float* z, cons
 
 template <class D>
 static void expand(const Matrix* y, const Matrix& out, int64_t rows, const float* z, Panel P, int64_t k, int64_t begin,
-                   int64_t end, const void* next, const Dropout& drop, int64_t first_row) {
+                   int64_t end, const Dropout& drop, int64_t first_row) {
+  float* grouped = grouped_scratch(rows * k);
   const int64_t chunk = chunk_columns(k);
+  group_rows(z, rows, k, grouped);
   for (; begin < end; begin += chunk) {
     const int64_t columns = end - begin < chunk ? end - begin : chunk;
     if (drop.on)
-      expand_dropped<D>(out, rows, z, P.data + begin, P.ld, k, begin, columns, drop, first_row);
+      expand_dropped<D>(out, rows, grouped, P.data + begin, P.ld, k, begin, columns, drop, first_row);
     else
       expand_chunk<D>(y ? row_of<D>(*y, 0, begin) : nullptr, y ? y->stride : 0, row_of<D>(out, 0, begin), out.stride,
-                      rows, z, P.data + begin, P.ld, k, columns);
+                      rows, grouped, P.data + begin, P.ld, k, columns);
   }
-  (void)next;
 }
 
 // ---------------------------------------------------------------------------------------------- outer
@@ -313,6 +327,8 @@ LOWRANK_INLINE void outer_ranks(const typename D::T* x, int64_t stride, int64_t 
       for (int64_t row = 0; row < rows; ++row) {
         V xa, xb;
         load_unit(x + row * stride + d, xa, xb);
+        LOWRANK_IN_REGISTER(xa);
+        LOWRANK_IN_REGISTER(xb);
 #pragma GCC unroll 8
         for (int j = 0; j < C; ++j) {
           V w = broadcast(z[row * k + j]);
@@ -363,10 +379,10 @@ static void outer(const Matrix& x, int64_t rows, const float* z, int64_t k, floa
 
 template <class D>
 static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, float* u, const float* z, float* acc,
-                         int64_t ld, bool accumulate, const void* next) {
+                         int64_t ld, bool accumulate) {
   const Dropout none{};
   if (!u || k > kRankBlock) {  // nothing to fuse, or more ranks than the scratch holds
-    if (u) shrink<D>(g, rows, P, k, u, next, none, 0);
+    if (u) shrink<D>(g, rows, P, k, u, none, 0, 0, g.cols);
     if (acc) outer<D>(g, rows, z, k, acc, ld, accumulate, 0, g.cols, none, 0);
     return;
   }
@@ -383,142 +399,138 @@ static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, floa
 
 template <class D>
 static void expand_outer(const float* z, Panel P, int64_t k, const Matrix* dx, const Matrix* x, int64_t rows, float* acc,
-                         int64_t ld, bool accumulate, const void* next, const Dropout& drop, int64_t first_row) {
+                         int64_t ld, bool accumulate, const Dropout& drop, int64_t first_row) {
   const int64_t cols = dx ? dx->cols : x->cols;
   const int64_t chunk = chunk_columns(k);
   for (int64_t begin = 0; begin < cols; begin += chunk) {
     const int64_t end = begin + chunk < cols ? begin + chunk : cols;
-    if (dx) expand<D>(nullptr, *dx, rows, z, P, k, begin, end, next, drop, first_row);
+    if (dx) expand<D>(nullptr, *dx, rows, z, P, k, begin, end, drop, first_row);
     if (acc) outer<D>(*x, rows, z, k, acc, ld, accumulate, begin, end, drop, first_row);
   }
 }
 
 // ---------------------------------------------------------------------------------------------- panels
 
-// Source of one lane-wide piece of a parameter: natural order, any dtype.
-LOWRANK_INLINE V load_parameter(const Factor& f, int64_t offset, int64_t n) {
-  float wide[kLanes] = {};
-  uint16_t narrow[kLanes] = {};
+// f(tag, typed pointer) for the parameter's dtype.
+template <class F>
+LOWRANK_INLINE void with_dtype(const Factor& f, const F& body) {
   switch (f.dtype) {
-    case Dtype::f32:
-      if (n >= kLanes) return load(static_cast<const float*>(f.data) + offset);
-      std::memcpy(wide, static_cast<const float*>(f.data) + offset, n * 4);
-      return load(wide);
-    case Dtype::bf16:
-      if (n >= kLanes) return BF16::load1(static_cast<const uint16_t*>(f.data) + offset);
-      std::memcpy(narrow, static_cast<const uint16_t*>(f.data) + offset, n * 2);
-      return BF16::load1(narrow);
-    default:
-      if (n >= kLanes) return F16::load1(static_cast<const uint16_t*>(f.data) + offset);
-      std::memcpy(narrow, static_cast<const uint16_t*>(f.data) + offset, n * 2);
-      return F16::load1(narrow);
+    case Dtype::f32: return body(F32{}, static_cast<float*>(f.data));
+    case Dtype::bf16: return body(BF16{}, static_cast<uint16_t*>(f.data));
+    default: return body(F16{}, static_cast<uint16_t*>(f.data));
   }
 }
 
-LOWRANK_INLINE void store_parameter(const Factor& f, int64_t offset, int64_t n, V v) {
-  if (n > kLanes) n = kLanes;
-  uint16_t narrow[kLanes];
-  switch (f.dtype) {
-    case Dtype::f32:
-      std::memcpy(static_cast<float*>(f.data) + offset, &v, n * 4);
-      return;
-    case Dtype::bf16:
-      BF16::store1(narrow, v);
-      break;
-    default:
-      F16::store1(narrow, v);
-  }
-  std::memcpy(static_cast<uint16_t*>(f.data) + offset, narrow, n * 2);
-}
+LOWRANK_INLINE bool rank_fastest(const Factor& f) { return f.stride_k == 1 && f.stride_d != 1; }
 
-// One [kLanes ranks][unit] block of a factor, in panel order. Missing elements are zero.
+// Where the lanes of a unit's two registers lie within it.
 template <class D>
-LOWRANK_INLINE void load_block(const Factor& f, int64_t rank, int64_t d, V* a, V* b) {
-  const int64_t columns = f.d - d;
-  if (f.stride_k == 1 && f.stride_d != 1) {  // rank is the fast axis: transpose in registers
-    const int64_t first = D::even_odd ? 0 : kLanes, step = D::even_odd ? 2 : 1, second = D::even_odd ? 1 : 0;
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t da = step * i, db = first + second + step * i;
-      a[i] = da < columns ? load_parameter(f, (d + da) * f.stride_d + rank, f.k - rank) : V{};
-      b[i] = db < columns ? load_parameter(f, (d + db) * f.stride_d + rank, f.k - rank) : V{};
+struct UnitOrder {
+  static constexpr int step = D::even_odd ? 2 : 1, second = D::even_odd ? 1 : kLanes;
+};
+
+// The panel's rows [rank, rank + kLanes) at one unit of columns, from a factor of dtype S. Missing elements are zero.
+template <class D, class S>
+LOWRANK_INLINE void pack_unit(const typename S::T* data, const Factor& f, int64_t rank, int64_t d, int64_t rows,
+                              float* panel, int64_t ld) {
+  const int64_t columns = f.d - d, ranks = f.k - rank;
+  if (rank_fastest(f)) {  // transpose in registers, one register of the unit at a time: two would not fit
+    for (int half = 0; half < 2; ++half) {
+      const int64_t first = d + half * UnitOrder<D>::second;
+      V v[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t column = first + UnitOrder<D>::step * i;
+        v[i] = column < f.d ? load1_tail<S>(data + column * f.stride_d + rank, ranks) : V{};
+      }
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        if (i < rows) store(panel + i * ld + half * kLanes, v[i]);
     }
-    transpose(a);
-    transpose(b);
     return;
   }
-  for (int j = 0; j < kLanes; ++j) {
-    V first{}, second{};
-    if (rank + j < f.k) {
-      const int64_t offset = (rank + j) * f.stride_k + d * f.stride_d;
-      if (f.stride_d == 1) {
-        first = load_parameter(f, offset, columns);
-        if (columns > kLanes) second = load_parameter(f, offset + kLanes, columns - kLanes);
-      } else {
-        for (int i = 0; i < kUnit && i < columns; ++i)
-          (i < kLanes ? first : second)[i % kLanes] = load_parameter(f, offset + i * f.stride_d, 1)[0];
+  for (int j = 0; j < rows; ++j) {
+    V a{}, b{};
+    const typename S::T* p = data + (rank + j) * f.stride_k + d * f.stride_d;
+    if (j < ranks && f.stride_d == 1) {
+      if (std::is_same_v<D, S> && columns >= kUnit) {
+        D::load2(reinterpret_cast<const typename D::T*>(p), a, b);
+        store(panel + j * ld, a);
+        store(panel + j * ld + kLanes, b);
+        continue;
       }
+      a = load1_tail<S>(p, columns);
+      if (columns > kLanes) b = load1_tail<S>(p + kLanes, columns - kLanes);
+    } else if (j < ranks) {
+      for (int i = 0; i < kUnit && i < columns; ++i)
+        (i < kLanes ? a : b)[i % kLanes] = load1_tail<S>(p + i * f.stride_d, 1)[0];
     }
-    if (D::even_odd)
-      deinterleave(first, second, a[j], b[j]);
-    else
-      a[j] = first, b[j] = second;
+    V even = a, odd = b;
+    if (D::even_odd) deinterleave(a, b, even, odd);
+    store(panel + j * ld, even);
+    store(panel + j * ld + kLanes, odd);
+  }
+}
+
+template <class D, class S>
+LOWRANK_INLINE void store_block(typename S::T* data, const Factor& f, int64_t rank, int64_t d, V* a, V* b) {
+  const int64_t columns = f.d - d, ranks = f.k - rank;
+  if (rank_fastest(f)) {
+    using Order = UnitOrder<D>;
+    transpose(a);
+    transpose(b);
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t da = Order::step * i, db = Order::second + Order::step * i;
+      if (da < columns) store1_tail<S>(data + (d + da) * f.stride_d + rank, ranks, a[i]);
+      if (db < columns) store1_tail<S>(data + (d + db) * f.stride_d + rank, ranks, b[i]);
+    }
+    return;
+  }
+  for (int64_t j = 0; j < kLanes && j < ranks; ++j) {
+    V first = a[j], second = b[j];
+    if (D::even_odd) interleave(a[j], b[j], first, second);
+    typename S::T* p = data + (rank + j) * f.stride_k + d * f.stride_d;
+    if (f.stride_d == 1) {
+      store1_tail<S>(p, columns, first);
+      if (columns > kLanes) store1_tail<S>(p + kLanes, columns - kLanes, second);
+    } else {
+      for (int i = 0; i < kUnit && i < columns; ++i)
+        store1_tail<S>(p + i * f.stride_d, 1, broadcast((i < kLanes ? first : second)[i % kLanes]));
+    }
   }
 }
 
 template <class D>
 static void pack(const Factor& f, int64_t begin, int64_t end, float* panel, int64_t ld) {
   const int64_t padded = pad_rank(f.k);
-  for (int64_t d = begin; d < end; d += kUnit)
-    for (int64_t rank = 0; rank < padded; rank += kLanes) {
-      V a[kLanes], b[kLanes];
-      load_block<D>(f, rank, d, a, b);
-      for (int j = 0; j < kLanes && rank + j < padded; ++j) {
-        store(panel + (rank + j) * ld + d, a[j]);
-        store(panel + (rank + j) * ld + d + kLanes, b[j]);
-      }
-    }
+  with_dtype(f, [&](auto dtype, const auto* data) {
+    for (int64_t rank = 0; rank < padded; rank += kLanes)
+      for (int64_t d = begin; d < end; d += kUnit)
+        pack_unit<D, decltype(dtype)>(data, f, rank, d, padded - rank < kLanes ? padded - rank : kLanes,
+                                      panel + rank * ld + d, ld);
+  });
 }
 
 template <class D>
 static void unpack(const float* panels, int64_t count, int64_t step, int64_t ld, const Factor& f, int64_t begin,
                    int64_t end) {
-  for (int64_t d = begin; d < end; d += kUnit)
-    for (int64_t rank = 0; rank < f.k; rank += kLanes) {
-      const int64_t ranks = f.k - rank < kLanes ? f.k - rank : kLanes, columns = f.d - d;
-      V a[kLanes] = {}, b[kLanes] = {};
-      for (int64_t j = 0; j < ranks; ++j) {
-        const float* p = panels + (rank + j) * ld + d;
-        a[j] = load(p);
-        b[j] = load(p + kLanes);
-        for (int64_t i = 1; i < count; ++i) {
-          a[j] += load(p + i * step);
-          b[j] += load(p + i * step + kLanes);
+  with_dtype(f, [&](auto dtype, auto* data) {
+    for (int64_t d = begin; d < end; d += kUnit)
+      for (int64_t rank = 0; rank < f.k; rank += kLanes) {
+        V a[kLanes] = {}, b[kLanes] = {};
+        for (int64_t j = 0; j < kLanes && rank + j < f.k; ++j) {
+          const float* p = panels + (rank + j) * ld + d;
+          a[j] = load(p);
+          b[j] = load(p + kLanes);
+          for (int64_t i = 1; i < count; ++i) {
+            a[j] += load(p + i * step);
+            b[j] += load(p + i * step + kLanes);
+          }
         }
+        store_block<D, decltype(dtype)>(data, f, rank, d, a, b);
       }
-      if (f.stride_k == 1 && f.stride_d != 1) {
-        transpose(a);
-        transpose(b);
-        const int64_t first = D::even_odd ? 0 : kLanes, stride = D::even_odd ? 2 : 1, second = D::even_odd ? 1 : 0;
-        for (int i = 0; i < kLanes; ++i) {
-          const int64_t da = stride * i, db = first + second + stride * i;
-          if (da < columns) store_parameter(f, (d + da) * f.stride_d + rank, ranks, a[i]);
-          if (db < columns) store_parameter(f, (d + db) * f.stride_d + rank, ranks, b[i]);
-        }
-        continue;
-      }
-      for (int64_t j = 0; j < ranks; ++j) {
-        V first = a[j], second = b[j];
-        if (D::even_odd) interleave(a[j], b[j], first, second);
-        const int64_t offset = (rank + j) * f.stride_k + d * f.stride_d;
-        if (f.stride_d == 1) {
-          store_parameter(f, offset, columns, first);
-          if (columns > kLanes) store_parameter(f, offset + kLanes, columns - kLanes, second);
-        } else {
-          for (int i = 0; i < kUnit && i < columns; ++i)
-            store_parameter(f, offset + i * f.stride_d, 1, broadcast((i < kLanes ? first : second)[i % kLanes]));
-        }
-      }
-    }
+  });
 }
 
 // ---------------------------------------------------------------------------------------------- softmax

@@ -71,8 +71,8 @@ class Router {
     weight_ = R->to(at::kFloat).contiguous();
     if (!s.router_on_x || !x) return;
     const PanelSource source(factor_of(*R, 1, s.d_in), s.dtype);
-    memory_ = at::empty({source.floats() + 1}, at::kFloat);
-    panel_ = source.pack(memory_.data_ptr<float>());
+    memory_ = at::empty({source.floats(s.d_in)}, at::kFloat);
+    panel_ = source.pack(memory_.data_ptr<float>(), 0, s.d_in);
   }
 
   // p [rows][experts], from t [rows][pad_rank(k)]
@@ -81,7 +81,9 @@ class Router {
     if (s_.router_on_x) {
       const int64_t padded = pad_rank(E);
       std::vector<float> logits(rows * padded);
-      table_.shrink(x_->from(row), rows, panel_, padded, logits.data(), nullptr, {}, row);
+      blocks(0, rows, [&](int64_t i, int64_t n) {
+        table_.shrink(x_->from(row + i), n, panel_, padded, logits.data() + i * padded, {}, row + i, 0, s_.d_in);
+      });
       for (int64_t i = 0; i < rows; ++i) std::copy_n(logits.data() + i * padded, E, p + i * E);
     } else {
       const float* R = weight_.data_ptr<float>();

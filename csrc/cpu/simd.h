@@ -31,6 +31,15 @@ typedef uint16_t UnalignedVH __attribute__((vector_size(2 * kLanes), aligned(2),
 
 LOWRANK_INLINE V load(const float* p) { return *reinterpret_cast<const UnalignedV*>(p); }
 LOWRANK_INLINE void store(float* p, V v) { *reinterpret_cast<UnalignedV*>(p) = v; }
+// Pins a value to a register: GCC 12 otherwise stores some loop-invariant ones to the stack, which halves the speed of
+// the inner loops that read them.
+#if LOWRANK_LANES == 16 && !defined(__clang__)
+#define LOWRANK_IN_REGISTER(v) asm("" : "+v"(v))
+#else
+#define LOWRANK_IN_REGISTER(v) (void)(v)
+#endif
+#define LOWRANK_OPAQUE(pointer) asm("" : "+r"(pointer))  // keeps the compiler from precomputing every row's address
+
 LOWRANK_INLINE V broadcast(float s) { return s - V{}; }
 LOWRANK_INLINE V select(VI mask, V a, V b) { return (V)(((VI)a & mask) | ((VI)b & ~mask)); }
 
@@ -173,6 +182,45 @@ static inline void store2_tail(typename D::T* p, int64_t n, V a, V b) {
   typename D::T buffer[kUnit];
   D::store2(buffer, a, b);
   std::memcpy(p, buffer, n * sizeof(typename D::T));
+}
+
+// The first n elements of a register (all of them for n >= kLanes), zeros behind them.
+template <class D>
+LOWRANK_INLINE V load1_tail(const typename D::T* p, int64_t n) {
+  if (n >= kLanes) return D::load1(p);
+#if LOWRANK_LANES == 16
+  const __mmask16 mask = __mmask16((1u << n) - 1);
+  if constexpr (sizeof(typename D::T) == 4) {
+    return (V)_mm512_maskz_loadu_ps(mask, p);
+  } else {
+    alignas(32) typename D::T buffer[kLanes];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(buffer), _mm256_maskz_loadu_epi16(mask, p));
+    return D::load1(buffer);
+  }
+#else
+  typename D::T buffer[kLanes] = {};
+  std::memcpy(buffer, p, n * sizeof(typename D::T));
+  return D::load1(buffer);
+#endif
+}
+
+template <class D>
+LOWRANK_INLINE void store1_tail(typename D::T* p, int64_t n, V v) {
+  if (n >= kLanes) return D::store1(p, v);
+#if LOWRANK_LANES == 16
+  const __mmask16 mask = __mmask16((1u << n) - 1);
+  if constexpr (sizeof(typename D::T) == 4) {
+    _mm512_mask_storeu_ps(p, mask, (__m512)v);
+  } else {
+    alignas(32) typename D::T buffer[kLanes];
+    D::store1(buffer, v);
+    _mm256_mask_storeu_epi16(p, mask, _mm256_load_si256(reinterpret_cast<const __m256i*>(buffer)));
+  }
+#else
+  typename D::T buffer[kLanes];
+  D::store1(buffer, v);
+  std::memcpy(p, buffer, n * sizeof(typename D::T));
+#endif
 }
 
 // ---------------------------------------------------------------------------------------------- shuffles

@@ -79,44 +79,51 @@ inline Factor factor_of(const Tensor& p, int64_t d_dim, int64_t d) {
   return {p.data_ptr(), dtype_of(p), p.size(1 - d_dim), d, p.stride(1 - d_dim), p.stride(d_dim)};
 }
 
-// Factors stacked along k as one panel for activations of `dtype`: the parameter itself where its layout allows, else
-// packed by `pack`.
+// The distance between the ranks of a panel. One line more than the columns need: at a power of two, the ranks of a column
+// would all fall into one set of the first-level cache.
+inline int64_t panel_ld(const Kernels& table, int64_t d) { return table.padded(d) + 16; }
+
+// Factors stacked along k, as one panel for activations of `dtype`.
 class PanelSource {
  public:
-  PanelSource() = default;
   PanelSource(const Factor& factor, Dtype dtype) : PanelSource(std::vector<Factor>{factor}, dtype) {}
   PanelSource(std::vector<Factor> stack, Dtype dtype) : stack_(std::move(stack)), table_(&kernels(dtype)) {
     for (const Factor& f : stack_) k_ += f.k;
-    const Factor& f = stack_.front();
-    direct_ = stack_.size() == 1 && f.dtype == Dtype::f32 && !table_->even_odd && f.stride_d == 1 && f.k % 4 == 0 &&
-              f.d % table_->unit == 0;
   }
-  int64_t k() const { return k_; }
-  int64_t ld() const { return direct_ ? stack_.front().stride_k : table_->padded(stack_.front().d); }
-  int64_t floats() const { return direct_ ? 0 : (k_ + 4) * ld(); }  // of memory that `pack` needs
-  Panel pack(float* memory) const { return pack(memory, 0, stack_.front().d); }
+  int64_t cols() const { return stack_.front().d; }
+
+  // The parameter's own memory is a panel: not worth packing for a few rows.
+  bool direct() const {
+    const Factor& f = stack_.front();
+    return stack_.size() == 1 && f.dtype == Dtype::f32 && !table_->even_odd && f.stride_d == 1 && f.k % 4 == 0 &&
+           f.d % table_->unit == 0;
+  }
+  Panel in_place() const { return {static_cast<const float*>(stack_.front().data), stack_.front().stride_k}; }
+
+  int64_t floats(int64_t columns) const { return (pad_rank(k_) + 4) * panel_ld(*table_, columns); }
+  // Packs columns [begin, end), begin a multiple of the unit, into memory of floats(end - begin). The panel's columns are
+  // those of the factor: only [begin, end) may be read.
   Panel pack(float* memory, int64_t begin, int64_t end) const {
-    if (direct_) return {static_cast<const float*>(stack_.front().data), ld()};
-    float* next = memory;  // each factor's zero rows are overwritten by the factor that follows
+    const int64_t ld = panel_ld(*table_, end - begin);
+    float* next = memory - begin;  // each factor's zero rows are overwritten by the factor that follows
     for (const Factor& f : stack_) {
-      table_->pack(f, begin, end, next, ld());
-      next += f.k * ld();
+      table_->pack(f, begin, end, next, ld);
+      next += f.k * ld;
     }
     const int64_t written = k_ - stack_.back().k + pad_rank(stack_.back().k);
-    for (int64_t row = written; row < pad_rank(k_); ++row) std::fill(memory + row * ld() + begin, memory + row * ld() + std::min(ld(), end + table_->unit), 0.0f);
-    return {memory, ld()};
+    for (int64_t row = written; row < pad_rank(k_); ++row) std::fill_n(memory + row * ld, ld, 0.0f);
+    return {memory - begin, ld};
   }
 
  private:
   std::vector<Factor> stack_;
-  const Kernels* table_ = nullptr;
+  const Kernels* table_;
   int64_t k_ = 0;
-  bool direct_ = false;
 };
 
 // Grow-only memory of the calling thread, aligned to a cache line; valid until its next call with the same slot. Fresh
 // pages cost more than the kernels that use them (1.4 us a page here), so they are kept.
-enum class Slot { shared, thread };
+enum class Slot { shared, thread, piece };
 float* workspace(Slot slot, int64_t floats);
 
 inline Dropout dropout_of(double p, const std::optional<Tensor>& seed) {
@@ -142,6 +149,7 @@ inline int64_t thread_count(int64_t work, int64_t grains) {
 template <class F>
 void split(int64_t threads, int64_t count, int64_t align, const F& f) {
   const int64_t blocks = (count + align - 1) / align;
+  threads = std::max<int64_t>(1, std::min(threads, blocks));
   auto run = [&](int64_t i) {
     const int64_t begin = blocks * i / threads * align, end = std::min(blocks * (i + 1) / threads * align, count);
     if (begin < end) f(i, begin, end);

@@ -16,7 +16,7 @@ struct Block {
 }  // namespace
 
 float* workspace(Slot slot, int64_t floats) {
-  static thread_local Block blocks[2];
+  static thread_local Block blocks[3];
   Block& block = blocks[static_cast<int>(slot)];
   if (block.floats < floats) {
     std::free(block.data);

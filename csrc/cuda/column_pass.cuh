@@ -86,10 +86,9 @@ SIMT_DEVICE void load_hidden(const ColumnParams& p, E* tile, int64_t row0, int r
   }
 }
 
-// row_sums [slice, rows, rank] <- X W: warps 0..3 and 4..7 take the two 16-row tiles, the four of each divide the columns.
-template <class E, int R, int mode>
-SIMT_DEVICE void sum_columns(const ColumnParams& p, const E* x_tile, const E* w_tile, float* sums, int64_t row0, int rows) {
-  using C = ColumnTuning<E, R, mode>;
+// sums [4, 32, R] <- X W by quarters of the columns: warps 0..3 and 4..7 take the two 16-row tiles. Ends with a barrier.
+template <class C, int R, class E>
+SIMT_DEVICE void multiply_columns(const E* x_tile, const E* w_tile, float* sums) {
   constexpr int depth = C::block_n / 4;
   const int m = warp_id() / 4, part = warp_id() % 4;
   float acc[1][R / 8][4];
@@ -98,25 +97,37 @@ SIMT_DEVICE void sum_columns(const ColumnParams& p, const E* x_tile, const E* w_
   SIMT_UNROLL
   for (int n = 0; n < R / 8; n++)
     SIMT_UNROLL
-    for (int i = 0; i < 4; i++)
-      sums[(part * C::block_m + 16 * m + fragment_row(i)) * R + 8 * n + fragment_column(i)] = acc[0][n][i];
+    for (int i = 0; i < 4; i += 2)
+      store_pair(&sums[(part * C::block_m + 16 * m + fragment_row(i)) * R + 8 * n + fragment_column(i)], acc[0][n][i],
+                 acc[0][n][i + 1]);
   sync_block();
+}
+
+// The sum of the four quarters.
+template <class C, int R>
+SIMT_DEVICE float quarter_sum(const float* sums, int i) {
+  constexpr int step = C::block_m * R;
+  return (sums[i] + sums[i + step]) + (sums[i + 2 * step] + sums[i + 3 * step]);
+}
+
+// row_sums [slice, rows, rank] <- X W.
+template <class E, int R, int mode>
+SIMT_DEVICE void sum_columns(const ColumnParams& p, const E* x_tile, const E* w_tile, float* sums, int64_t row0, int rows) {
+  using C = ColumnTuning<E, R, mode>;
+  multiply_columns<C, R>(x_tile, w_tile, sums);
   float* target = p.row_sums + (block_id().x * p.tokens + row0) * p.rank;
   SIMT_NO_UNROLL
   for (int i = thread_id(); i < C::block_m * R; i += C::threads) {
     int row = i / R, k = i % R;
-    constexpr int step = C::block_m * R;
-    if (row < rows && k < p.rank) target[row * p.rank + k] = (sums[i] + sums[i + step]) + (sums[i + 2 * step] + sums[i + 3 * step]);
+    if (row < rows && k < p.rank) target[row * p.rank + k] = quarter_sum<C, R>(sums, i);
   }
 }
 
-// out tile <- scale * Z W, written over the x tile (which nobody needs any more) and stored 16 bytes at a time.
-template <class E, int R, int mode>
-SIMT_DEVICE void write_out(const ColumnParams& p, E* x_tile, const E* z_tile, const E* w_tile, int64_t row0, int rows, int col0) {
-  using C = ColumnTuning<E, R, mode>;
-  constexpr int step = 16;
+// tile [32, block_n] <- scale * Z W. Ends with a barrier.
+template <class C, int R, class E>
+SIMT_DEVICE void multiply_hidden(E* tile, const E* z_tile, const E* w_tile, float scale) {
   SIMT_NO_UNROLL
-  for (int c = 16 * warp_id(); c < C::block_n; c += step * C::warps) {
+  for (int c = 16 * warp_id(); c < C::block_n; c += 16 * C::warps) {
     float acc[2][2][4];
     clear(acc);
     multiply<true, true>(acc, z_tile, C::ld_r, w_tile + c * C::ld_r, C::ld_r, R);
@@ -125,10 +136,18 @@ SIMT_DEVICE void write_out(const ColumnParams& p, E* x_tile, const E* z_tile, co
       SIMT_UNROLL
       for (int n = 0; n < 2; n++)
         SIMT_UNROLL
-        for (int i = 0; i < 4; i++)
-          x_tile[(16 * m + fragment_row(i)) * C::ld_n + c + 8 * n + fragment_column(i)] = rounded<E>(p.scale * acc[m][n][i]);
+        for (int i = 0; i < 4; i += 2)
+          store_pair(&tile[(16 * m + fragment_row(i)) * C::ld_n + c + 8 * n + fragment_column(i)], scale * acc[m][n][i],
+                     scale * acc[m][n][i + 1]);
   }
   sync_block();
+}
+
+// out <- scale * Z W, made over the x tile (which nobody needs any more) and stored 16 bytes at a time.
+template <class E, int R, int mode>
+SIMT_DEVICE void write_out(const ColumnParams& p, E* x_tile, const E* z_tile, const E* w_tile, int64_t row0, int rows, int col0) {
+  using C = ColumnTuning<E, R, mode>;
+  multiply_hidden<C, R>(x_tile, z_tile, w_tile, p.scale);
   if (p.drop_out.seed) {
     drop_tile<E, C::block_m, C::block_n, C::threads>(x_tile, row0, col0, rows, p.drop_out);
     sync_block();
@@ -147,13 +166,17 @@ SIMT_DEVICE void write_out(const ColumnParams& p, E* x_tile, const E* z_tile, co
   store_tile<E, C::block_m, C::block_n, C::threads>(out, p.out_stride, x_tile, rows, p.cols - col0, p.out_vec);
 }
 
-// grad [split, cols, rank] <- the accumulators of X^T Z.
-template <class E, int R, int mode, class Acc>
-SIMT_DEVICE void write_gradient(const ColumnParams& p, const Acc& acc, int col0) {
-  using C = ColumnTuning<E, R, mode>;
-  const int split = block_id().z * grid_blocks().y + block_id().y;
-  float* target = p.grad + int64_t(split) * p.cols * p.rank;
-  const int column_base = 16 * C::grad_m * (warp_id() % C::column_groups);
+// acc += X^T Z: this warp's columns and ranks.
+template <class C, class E, class Acc>
+SIMT_DEVICE void multiply_rows(Acc& acc, const E* x_tile, const E* z_tile) {
+  const int column = 16 * C::grad_m * (warp_id() % C::column_groups), k = 8 * C::grad_n * (warp_id() / C::column_groups);
+  multiply<false, false>(acc, x_tile + column, C::ld_n, z_tile + k, C::ld_r, C::block_m);
+}
+
+// grad [cols, rank] <- the accumulators of X^T Z.
+template <class C, class Acc>
+SIMT_DEVICE void write_gradient(float* grad, const Acc& acc, int col0, int cols, int rank) {
+  const int column_base = col0 + 16 * C::grad_m * (warp_id() % C::column_groups);
   const int rank_base = 8 * C::grad_n * (warp_id() / C::column_groups);
   SIMT_UNROLL
   for (int m = 0; m < C::grad_m; m++)
@@ -161,8 +184,8 @@ SIMT_DEVICE void write_gradient(const ColumnParams& p, const Acc& acc, int col0)
     for (int n = 0; n < C::grad_n; n++)
       SIMT_UNROLL
       for (int i = 0; i < 4; i++) {
-        int column = col0 + column_base + 16 * m + fragment_row(i), k = rank_base + 8 * n + fragment_column(i);
-        if (column < p.cols && k < p.rank) target[int64_t(column) * p.rank + k] = acc[m][n][i];
+        int column = column_base + 16 * m + fragment_row(i), k = rank_base + 8 * n + fragment_column(i);
+        if (column < cols && k < rank) grad[int64_t(column) * rank + k] = acc[m][n][i];
       }
 }
 
@@ -214,9 +237,7 @@ column_kernel(const ColumnParams p) {
         drop_tile<E, C::block_m, C::block_n, C::threads>(x_tile, row0, col0, rows, p.drop_x);
         sync_block();
       }
-      const int column = 16 * C::grad_m * (warp_id() % C::column_groups);
-      const int k = 8 * C::grad_n * (warp_id() / C::column_groups);
-      multiply<false, false>(acc, x_tile + column, C::ld_n, z_tile + k, C::ld_r, C::block_m);
+      multiply_rows<C>(acc, x_tile, z_tile);
     }
     if constexpr (C::has_row_sums) {
       if (p.row_sums) sum_columns<E, R, mode>(p, x_tile, w_tile, sums, row0, rows);
@@ -227,7 +248,10 @@ column_kernel(const ColumnParams p) {
     }
   }
   cp_async_wait<0>();
-  if (p.grad) write_gradient<E, R, mode>(p, acc, col0);
+  if (p.grad) {
+    const int split = block_id().z * grid_blocks().y + block_id().y;
+    write_gradient<C>(p.grad + int64_t(split) * p.cols * p.rank, acc, col0, p.cols, p.rank);
+  }
 }
 
 }  // namespace LOWRANK_ARCH

@@ -1,6 +1,7 @@
 // Launch plans: which kernels run for an operation, with which tiles, grids and workspaces. Host code, compiled with the
 // kernels for each architecture and for the CPU harness, which so tests the same sequences that a GPU runs.
 #pragma once
+#include "cluster_backward.cuh"
 #include "column_pass.cuh"
 #include "reduce.cuh"
 #include "residual_add.cuh"
@@ -324,6 +325,63 @@ void input_pass(Context& c, ColumnParams p, const Rows& dx, const MutableFactor&
   }
 }
 
+// ------------------------------------------------------------------------------------------------ clusters
+
+#if !SIMT_GPU
+inline bool use_clusters = false;  // the harness runs both forms
+#elif defined(LOWRANK_CLUSTERS)
+constexpr bool use_clusters = true;
+#else
+constexpr bool use_clusters = false;
+#endif
+
+// The one-launch form of a backward that needs every gradient, where a cluster's registers hold dA and dB. False: not taken.
+template <class E, int R>
+bool cluster_backward(Context& c, const BackwardArgs& a) {
+#if !SIMT_GPU || defined(LOWRANK_CLUSTERS)
+  using C = ClusterTuning<E, R>;
+  const int width = a.d_in > a.d_out ? a.d_in : a.d_out;
+  const int blocks = static_cast<int>(ceil_div(width, C::block_n));
+  if (blocks > C::max_blocks) return false;
+  ClusterParams p = {};
+  p.g = a.g.data;
+  p.g_stride = a.g.stride;
+  p.x = a.x.data;
+  p.x_stride = a.x.stride;
+  p.dx = a.dx.data;
+  p.dx_stride = a.dx.stride;
+  p.t = a.t;
+  p.A = narrowed<E>(a.A);
+  p.B = narrowed<E>(a.B);
+  p.A_access = factor_access<E>(p.A, a.rank, true);
+  p.B_access = factor_access<E>(p.B, a.rank, true);
+  p.tokens = a.tokens;
+  p.d_in = a.d_in;
+  p.d_out = a.d_out;
+  p.rank = a.rank;
+  p.g_vec = vectors<E>(a.g);
+  p.x_vec = vectors<E>(a.x);
+  p.dx_vec = vectors<E>(a.dx);
+  p.u_scale = a.scale;
+  p.dx_scale = a.dropout.seed ? a.dropout.keep_scale : 1.0f;
+  p.dropout = a.dropout;
+  int64_t clusters = 128 / blocks, most = ceil_div(a.tokens, C::block_m);  // by the shape alone: the order of sums depends on it
+  clusters = clusters > most ? most : clusters;
+  clusters = clusters < 1 ? 1 : clusters;
+  p.dA = c.take<float>(clusters * a.d_in * a.rank);
+  p.dB = c.take<float>(clusters * a.d_out * a.rank);
+  Launch l{static_cast<int>(clusters * blocks), 1, 1, C::threads, blocks, C::shared_bytes, "cluster backward"};
+  c.run(cluster_backward_kernel<E, R>, l, p);
+  run_sum<E>(c, sum_into(a.dB, p.dB, a.d_out, a.rank, static_cast<int>(clusters), a.scale));
+  run_sum<E>(c, sum_into(a.dA, p.dA, a.d_in, a.rank, static_cast<int>(clusters), p.dx_scale));
+  return true;
+#else
+  (void)c;
+  (void)a;
+  return false;
+#endif
+}
+
 inline size_t backward(const BackwardArgs& a, void* workspace, void* stream, int* error) {
   Context c(workspace, stream);
   with_element(a.dtype, [&](auto e) {
@@ -338,6 +396,10 @@ inline size_t backward(const BackwardArgs& a, void* workspace, void* stream, int
       p.drop_out = a.dropout;
       run_rows<E>(c, p, 1, "dx");
       return;
+    }
+    const bool all = a.g.data && a.dx.data && a.dA.data && a.dB.data && !a.dt_in && !a.dt_out;
+    if (use_clusters && all) {
+      if (a.rank <= 16 ? cluster_backward<E, 16>(c, a) : a.rank <= 32 && cluster_backward<E, 32>(c, a)) return;
     }
     const float* u = a.dt_in;
     if (!u) {

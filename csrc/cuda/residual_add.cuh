@@ -111,7 +111,8 @@ SIMT_DEVICE void shrink_rows(const RowParams& p, int64_t row0, int rows, char* r
     SIMT_UNROLL
     for (int n = 0; n < R / 8; n++)
       SIMT_UNROLL
-      for (int i = 0; i < 4; i++) sums[(16 * m + fragment_row(i)) * R + 8 * n + fragment_column(i)] = acc[m][n][i];
+      for (int i = 0; i < 4; i += 2)
+        store_pair(&sums[(16 * m + fragment_row(i)) * R + 8 * n + fragment_column(i)], acc[m][n][i], acc[m][n][i + 1]);
   sync_block();
 }
 
@@ -182,9 +183,15 @@ SIMT_DEVICE void expand_rows(const RowParams& p, int64_t row0, int rows, char* r
       SIMT_UNROLL
       for (int n = 0; n < 2; n++)
         SIMT_UNROLL
-        for (int j = 0; j < 4; j++) {
+        for (int j = 0; j < 4; j += 2) {
           E* at = &y_tile[(16 * m + fragment_row(j)) * C::ld_n + column0 + 8 * n + fragment_column(j)];
-          *at = rounded<E>(p.scale * acc[m][n][j] + (y ? to_float(*at) : 0.0f));
+          float low = p.scale * acc[m][n][j], high = p.scale * acc[m][n][j + 1];
+          if (y) {
+            const Pair<E> stream = *reinterpret_cast<const Pair<E>*>(at);
+            low += to_float(stream.low);
+            high += to_float(stream.high);
+          }
+          store_pair(at, low, high);
         }
     sync_block();
     const int n0 = (first + i) * C::block_n;

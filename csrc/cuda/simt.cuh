@@ -119,15 +119,19 @@ SIMT_DEVICE Vec16 load16(const void* p SIMT_AT) {
   __builtin_memcpy(&v, p, 16);
   return v;
 #else
-  return *static_cast<const Vec16*>(p);
+  uint4 v = *static_cast<const uint4*>(p);
+  return {{v.x, v.y, v.z, v.w}};
 #endif
 }
+// To global memory. In PTX, because nvcc divides the plain store into four where a scalar path stands beside it.
 SIMT_DEVICE void store16(void* p, const Vec16& v SIMT_AT) {
 #if !SIMT_GPU
   simt::check_access(p, 16, true, SIMT_HERE);
   __builtin_memcpy(p, &v, 16);
 #else
-  *static_cast<Vec16*>(p) = v;
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.word[0]), "r"(v.word[1]),
+               "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
 #endif
 }
 

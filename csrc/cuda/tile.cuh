@@ -39,6 +39,16 @@ SIMT_HD constexpr size_t max_bytes(size_t a, size_t b) { return a > b ? a : b; }
 SIMT_DEVICE int fragment_row(int i) { return lane_id() / 4 + 8 * (i >> 1); }
 SIMT_DEVICE int fragment_column(int i) { return 2 * (lane_id() % 4) + (i & 1); }
 
+// Two neighbours in a row: what a lane holds of an accumulator tile's row, moved by one access.
+template <class E>
+struct alignas(2 * sizeof(E)) Pair {
+  E low, high;
+};
+template <class E>
+SIMT_DEVICE void store_pair(E* at, float low, float high) {
+  *reinterpret_cast<Pair<E>*>(at) = {rounded<E>(low), rounded<E>(high)};
+}
+
 // ------------------------------------------------------------------------------------------------ activations
 
 // tile [rows_max, cols_max] <- source [rows, cols] (row_stride elements apart), zero outside. `source` is the tile's origin,
@@ -146,9 +156,12 @@ SIMT_DEVICE void load_factor(E* tile, const Factor& f, const Factor& upper, int 
         float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         if (valid == 4) {
           Vec16 four = load16(source);
+          SIMT_UNROLL
           for (int j = 0; j < 4; j++) v[j] = bits_to_float(four.word[j]);
         } else {
-          for (int j = 0; j < valid; j++) v[j] = source[j];
+          SIMT_UNROLL
+          for (int j = 0; j < 4; j++)
+            if (j < valid) v[j] = source[j];
         }
         SIMT_UNROLL
         for (int j = 0; j < 4; j++) tile[row * ld + col + j] = rounded<E>(v[j]);

@@ -1,0 +1,117 @@
+// What the torch bindings share: tensors to pointers and strides, the launch, and the way out for what no kernel takes.
+#pragma once
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "types.h"
+
+namespace lowrank {
+
+using at::Tensor;
+using std::optional;
+using Tensors2 = std::tuple<Tensor, Tensor>;
+using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
+using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The kernels compiled for a device's compute capability, torch's current stream, and cudaGetErrorString.
+const KernelTable& kernels_for(int device);
+void* current_stream(int device);
+const char* error_text(int error);
+
+// Sizes the workspace, takes it from torch's caching allocator, launches.
+template <class Args>
+void launch(size_t (*KernelTable::*plan)(const Args&, void*, void*, int*), const Args& args, const Tensor& like) {
+  const int device = like.device().index();
+  const KernelTable& table = kernels_for(device);
+  int error = 0;
+  const auto bytes = static_cast<int64_t>((table.*plan)(args, nullptr, nullptr, &error));
+  Tensor workspace = at::empty({bytes}, like.options().dtype(at::kByte));
+  (table.*plan)(args, workspace.mutable_data_ptr(), current_stream(device), &error);
+  TORCH_CHECK(error == 0, "lowrank_fast: CUDA launch failed: ", error_text(error));
+}
+
+// The Python fallback of an op, which ops.py registers for every backend: it is looked up under the key of a backend that has
+// no kernels of its own, so that the dispatcher does not come back here.
+template <class Result, class... Args>
+Result fallback(const char* op, Args... args) {
+  const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow((std::string("lowrank_fast::") + op).c_str(), "");
+  return handle.typed<Result(Args...)>().redispatch(c10::DispatchKeySet(c10::DispatchKey::PrivateUse3), args...);
+}
+
+// ------------------------------------------------------------------------------------------------ arguments
+
+inline bool takes(at::ScalarType type) { return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf; }
+inline int32_t code(at::ScalarType type) { return type == at::kFloat ? kF32 : type == at::kBFloat16 ? kBf16 : kF16; }
+
+// [.., d] as [T, d] with unit inner stride; a copy only where no row stride fits.
+inline Tensor as_rows(const Tensor& x) {
+  Tensor rows = x.reshape({-1, x.size(-1)});
+  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
+}
+inline Rows rows_of(const Tensor& rows) {
+  return rows.defined() && rows.numel() ? Rows{rows.data_ptr(), rows.stride(0)} : Rows{};
+}
+
+enum Kind { kDown, kUp, kBank };  // A [r, n]; B [n, r] (or R [E, n]: element (n, E)); [E, n, r]
+
+template <class F>
+F factor_of(const Tensor& f, at::ScalarType like, Kind kind) {
+  F result = {};
+  result.group = 1 << 30;
+  if (!f.defined() || f.numel() == 0) return result;
+  result.data = f.data_ptr();
+  result.wide = f.scalar_type() == at::kFloat && like != at::kFloat;
+  if (kind == kBank) {
+    result.rank_stride = f.stride(2);
+    result.n_stride = f.stride(1);
+    result.group_stride = f.stride(0);
+    result.group = static_cast<int32_t>(f.size(2));
+  } else {
+    result.rank_stride = f.stride(kind == kDown ? 0 : 1);
+    result.n_stride = f.stride(kind == kDown ? 1 : 0);
+  }
+  return result;
+}
+inline Factor factor(const Tensor& f, at::ScalarType like, Kind kind) { return factor_of<Factor>(f, like, kind); }
+inline MutableFactor target(const Tensor& f, at::ScalarType like, Kind kind) { return factor_of<MutableFactor>(f, like, kind); }
+
+inline Dropout dropout_of(double p, const optional<Tensor>& seed) {
+  if (p == 0.0 || !seed) return {};
+  const double threshold = p * 4294967296.0;
+  return {static_cast<const int64_t*>(seed->data_ptr()),
+          threshold >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(threshold), static_cast<float>(1.0 / (1.0 - p))};
+}
+
+inline Tensor hidden_like(const Tensor& x, int64_t width) {
+  auto shape = x.sizes().vec();
+  shape.back() = width;
+  return at::empty(shape, x.options().dtype(at::kFloat));
+}
+inline Tensor fp32_rows(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
+inline float* floats(const Tensor& t) { return t.defined() && t.numel() ? static_cast<float*>(t.data_ptr()) : nullptr; }
+inline const bool* flags(const Tensor& t) { return t.defined() && t.numel() ? static_cast<const bool*>(t.data_ptr()) : nullptr; }
+inline Tensor none(const at::TensorOptions& options) { return at::empty({0}, options); }
+
+// Whether the kernels take a call: float32, bfloat16 or float16, `rank` (of the widest factor) within the templates, no empty
+// dimension. Everything else is the fallback's.
+inline bool fits(at::ScalarType type, int64_t tokens, std::initializer_list<int64_t> dims, int64_t rank) {
+  for (int64_t d : dims)
+    if (d <= 0 || d >= (int64_t(1) << 31)) return false;
+  return takes(type) && tokens > 0 && rank > 0 && rank <= kMaxRank;
+}
+
+// Memory for `out` that one row stride can address: `out` itself, or rows to be copied into it (`finish`).
+struct OutRows {
+  Tensor out, rows;
+  explicit OutRows(const Tensor& target) : out(target) {
+    const bool direct = out.is_contiguous() || (out.dim() == 2 && out.stride(1) == 1);
+    rows = direct ? as_rows(out) : at::empty({out.numel() / out.size(-1), out.size(-1)}, out.options());
+  }
+  void finish() const {
+    if (rows.data_ptr() != out.data_ptr()) out.copy_(rows.view(out.sizes()));
+  }
+};
+
+}  // namespace lowrank

@@ -1,0 +1,177 @@
+// Registers the CUDA kernels of routed_projection. Masks stay on the device: nothing here reads a tensor's values.
+#include <pybind11/pybind11.h>
+
+#include "cuda_binding.h"
+
+namespace lowrank {
+namespace {
+
+using Optional = optional<Tensor>;
+
+int32_t routing_code(c10::string_view name) {
+  return name == "batch" ? kBatch : name == "sample" ? kSample : name == "token" ? kToken : kStatic;
+}
+
+// The rank of the widest factor that the kernels would see.
+int64_t widest(const Tensor& A, const Tensor& B, int32_t routing, bool router_on_x) {
+  const int64_t rank = A.size(0), experts = B.size(0);
+  const int64_t stacked = routing != kStatic && router_on_x ? rank + experts : rank;
+  return routing == kToken ? std::max(stacked, rank * experts) : stacked;
+}
+
+bool routed_fits(const Tensor& like, const Tensor& A, const Tensor& B, int32_t routing, bool router_on_x) {
+  const int64_t segments = routing == kSample ? like.size(0) : 1;
+  return like.dim() && segments <= kMaxSegments && B.size(0) <= 1024 &&
+         fits(like.scalar_type(), like.numel(), {A.size(1), B.size(1), B.size(0)}, widest(A, B, routing, router_on_x));
+}
+
+struct Common {  // tensors that must outlive the launch
+  RoutedArgs args;
+  Tensor x, token_mask;
+};
+
+Common common(const Tensor& like, const Tensor& x, const Tensor& A, const Tensor& B, const Optional& R,
+              const Optional& token_mask, double scale, int32_t routing, bool router_on_x, double p, const Optional& seed) {
+  Common c = {};
+  RoutedArgs& a = c.args;
+  const auto type = like.scalar_type();
+  if (x.defined()) c.x = as_rows(x);
+  if (token_mask) c.token_mask = token_mask->contiguous();
+  a.tokens = like.numel() / like.size(-1);
+  a.segments = routing == kSample ? like.size(0) : 1;
+  a.dtype = code(type);
+  a.d_in = static_cast<int32_t>(A.size(1));
+  a.d_out = static_cast<int32_t>(B.size(1));
+  a.rank = static_cast<int32_t>(A.size(0));
+  a.experts = static_cast<int32_t>(B.size(0));
+  a.routing = routing;
+  a.router_on_x = router_on_x;
+  a.scale = static_cast<float>(scale);
+  a.x = rows_of(c.x);
+  a.A = factor(A, type, kDown);
+  a.B = factor(B, type, kBank);
+  a.R = factor(R.value_or(Tensor()), type, kUp);
+  a.token_mask = flags(c.token_mask);
+  a.dropout = dropout_of(p, seed);
+  return c;
+}
+
+Tensors3 routed_into(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, const Optional& R,
+                     const Optional& weights, const Optional& token_mask, double scale, int32_t routing, bool router_on_x,
+                     double p, const Optional& seed, const Tensor& out) {
+  const c10::DeviceGuard guard(x.device());
+  Common c = common(x, x, A, B, R, token_mask, scale, routing, router_on_x, p, seed);
+  const auto wide = x.options().dtype(at::kFloat);
+  Tensor t = hidden_like(x, A.size(0)), probabilities = routing == kStatic ? none(wide) : hidden_like(x, B.size(0));
+  Tensor w = routing == kToken    ? none(wide)
+             : routing == kSample ? at::empty({x.size(0), B.size(0)}, wide)
+                                  : at::empty({B.size(0)}, wide);
+  Tensor y_rows = as_rows(y), static_weights = weights ? fp32_rows(*weights) : Tensor();
+  OutRows target(out);
+  c.args.y = rows_of(y_rows);
+  c.args.out = rows_of(target.rows);
+  c.args.weights = floats(static_weights);
+  c.args.t_out = floats(t);
+  c.args.p_out = floats(probabilities);
+  c.args.w_out = floats(w);
+  launch(&KernelTable::routed_forward, c.args, x);
+  target.finish();
+  return {t, probabilities, w};
+}
+
+#define LOWRANK_ROUTED                                                                                                   \
+  const Tensor &x, const Tensor &A, const Tensor &B, const Optional &R, const Optional &weights, const Optional &token_mask, \
+      double scale, c10::string_view routing, c10::string_view router_input, double p, const Optional &seed
+#define LOWRANK_ROUTED_TYPES                                                                                          \
+  const Tensor &, const Tensor &, const Tensor &, const Optional &, const Optional &, const Optional &, double,            \
+      c10::string_view, c10::string_view, double, const Optional &
+
+Tensors4 routed_projection(const Tensor& y, LOWRANK_ROUTED) {
+  const int32_t kind = routing_code(routing);
+  if (!routed_fits(x, A, B, kind, router_input == "x"))
+    return fallback<Tensors4, const Tensor&, LOWRANK_ROUTED_TYPES>("routed_projection", y, x, A, B, R, weights, token_mask,
+                                                                   scale, routing, router_input, p, seed);
+  Tensor out = at::empty(y.sizes(), y.options());
+  auto [t, probabilities, w] =
+      routed_into(y, x, A, B, R, weights, token_mask, scale, kind, router_input == "x", p, seed, out);
+  return {out, t, probabilities, w};
+}
+Tensors3 routed_projection_(Tensor y, LOWRANK_ROUTED) {
+  const int32_t kind = routing_code(routing);
+  if (!routed_fits(x, A, B, kind, router_input == "x"))
+    return fallback<Tensors3, Tensor, LOWRANK_ROUTED_TYPES>("routed_projection_", y, x, A, B, R, weights, token_mask, scale,
+                                                            routing, router_input, p, seed);
+  return routed_into(y, x, A, B, R, weights, token_mask, scale, kind, router_input == "x", p, seed, y);
+}
+
+Tensors5 routed_projection_backward(const Tensor& g, const Optional& x, const Tensor& t, const Tensor& probabilities,
+                                    const Tensor& w, const Tensor& A, const Tensor& B, const Optional& R,
+                                    const Optional& token_mask, const Optional& active, double scale,
+                                    c10::string_view routing, c10::string_view router_input, double p, const Optional& seed,
+                                    std::vector<bool> needs) {
+  const int32_t kind = routing_code(routing);
+  const bool on_x = router_input == "x";
+  const bool need_dx = needs[0], need_dA = needs[1], need_dB = needs[2], need_dR = needs[3], need_dweights = needs[4];
+  const c10::DeviceGuard guard(g.device());
+  const bool keep_x = need_dA || (need_dR && on_x);
+  Common c = common(g, keep_x ? *x : Tensor(), A, B, R, token_mask, scale, kind, on_x, p, seed);
+  RoutedArgs& a = c.args;
+  const auto type = g.scalar_type();
+  auto leading = g.sizes().vec();
+  leading.back() = A.size(1);
+  Tensor dx = need_dx ? at::empty(leading, g.options()) : none(g.options());
+  Tensor dA = need_dA ? at::empty_like(A) : none(A.options()), dB = need_dB ? at::empty_like(B) : none(B.options());
+  Tensor dR = need_dR ? at::empty_like(*R) : none(A.options());
+  Tensor dweights = need_dweights ? at::empty({B.size(0)}, g.options().dtype(at::kFloat)) : none(w.options());
+  Tensor g_rows = as_rows(g), t_rows = fp32_rows(t), p_rows = fp32_rows(probabilities), w_rows = fp32_rows(w);
+  Tensor active_flags = active ? active->contiguous() : Tensor();
+  a.g = rows_of(g_rows);
+  if (need_dx) a.dx = rows_of(as_rows(dx));
+  a.t = floats(t_rows);
+  a.p = floats(p_rows);
+  a.w = floats(w_rows);
+  a.active = flags(active_flags);
+  if (need_dA) a.dA = target(dA, type, kDown);
+  if (need_dB) a.dB = target(dB, type, kBank);
+  if (need_dR) a.dR = target(dR, type, kUp);
+  a.dweights = need_dweights ? floats(dweights) : nullptr;
+  launch(&KernelTable::routed_backward, a, g);
+  return {dx, dA, dB, dR, dweights};
+}
+
+// `needs` arrives as bool[]; boxed, because the dispatcher's typed interface passes it in two ways across torch versions.
+void routed_projection_backward_boxed(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+  const auto at_index = [&](int i) -> const c10::IValue& { return torch::jit::peek(*stack, i, 16); };
+  const Tensor g = at_index(0).toTensor(), A = at_index(5).toTensor(), B = at_index(6).toTensor();
+  const std::string routing = at_index(11).toStringRef(), router_input = at_index(12).toStringRef();
+  if (!routed_fits(g, A, B, routing_code(routing), router_input == "x")) {
+    op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::PrivateUse3), stack);
+    return;
+  }
+  const auto tensor_or_none = [&](int i) { return at_index(i).toOptional<Tensor>(); };
+  const auto list = at_index(15).toBoolList();
+  const std::vector<bool> needs(list.begin(), list.end());
+  auto [dx, dA, dB, dR, dweights] = routed_projection_backward(
+      g, tensor_or_none(1), at_index(2).toTensor(), at_index(3).toTensor(), at_index(4).toTensor(), A, B, tensor_or_none(7),
+      tensor_or_none(8), tensor_or_none(9), at_index(10).toDouble(), routing, router_input, at_index(13).toDouble(),
+      tensor_or_none(14), needs);
+  torch::jit::drop(*stack, 16);
+  torch::jit::push(*stack, dx, dA, dB, dR, dweights);
+}
+
+}  // namespace
+}  // namespace lowrank
+
+TORCH_LIBRARY_IMPL(lowrank_fast, CUDA, m) {
+  m.impl("routed_projection", &lowrank::routed_projection);
+  m.impl("routed_projection_", &lowrank::routed_projection_);
+  m.impl("routed_projection_backward", torch::CppFunction::makeFromBoxedFunction<&lowrank::routed_projection_backward_boxed>());
+}
+
+#define LOWRANK_TEXT_OF(...) #__VA_ARGS__
+#define LOWRANK_TEXT(...) LOWRANK_TEXT_OF(__VA_ARGS__)
+
+PYBIND11_MODULE(_CUDA, m) {
+  m.doc() = "CUDA kernels of lowrank_fast; importing it registers them.";
+  m.attr("architectures") = LOWRANK_ARCHITECTURES;
+}

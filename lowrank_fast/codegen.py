@@ -1,0 +1,311 @@
+"""`lowrank-fast codegen`: compile every Triton kernel configuration ahead of time and read its machine code. No GPU needed.
+
+For sm_80, sm_90, sm_100 and gfx942: registers, spills, shared memory, CTAs per SM, bytes in flight per SM, width of the
+streaming loads, asynchronous copies, matrix instructions, atomics, DRAM bytes by formula and a modelled time. What is
+compiled is what the backend would launch: the ops are called with meta tensors and their launches recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import triton_backend as backend
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+COLUMNS = (
+    "kernel", "config", "arch", "registers", "spills", "shared_bytes", "ctas_per_sm", "bytes_in_flight", "load_bytes",
+    "async_copies", "tensor_ops", "atomics", "dram_bytes", "model_seconds",
+)  # fmt: skip
+
+
+class Config(NamedTuple):
+    """One call of one op: what decides which kernels run and how they are compiled."""
+
+    op: str  # "residual", "dx", "batch", "sample", "static" or "token"
+    direction: str  # "forward" or "backward"
+    T: int
+    d: int
+    rank: int
+    experts: int
+    dtype: str
+    parameter: str
+    router_input: str
+    dropout: bool
+
+    def __str__(self) -> str:
+        text = f"{self.op} {self.direction} T={self.T} d={self.d} r={self.rank} {self.dtype}"
+        if self.parameter != self.dtype:
+            text += f"/{self.parameter}"
+        if self.op in ("batch", "sample", "static", "token"):
+            text += f" E={self.experts} on {self.router_input}"
+        return text + (" dropout" if self.dropout else "")
+
+
+def configurations(quick: bool = False) -> list[Config]:
+    """Every configuration that ships: each row of the launch table, for the ops that reach it."""
+    found = [_config("residual", "forward", T, r) for r in (16, 32, 64) for T in (128, 1024, 4096, 8192)]
+    found += [_config(op, "backward", 8192, r) for r in (16, 32, 64) for op in ("residual", "dx")]
+    if quick:
+        return found
+    for r in (16, 32, 64):
+        for op in ("batch", "token"):
+            for on in ("t", "x") if r != 32 else ("t",):
+                found += [_config(op, way, 8192, r, on=on) for way in ("forward", "backward")]
+    found += [_config(op, way, 8192, 16) for op in ("sample", "static") for way in ("forward", "backward")]
+    found += [_config(op, way, 8192, 8) for op in ("residual", "token") for way in ("forward", "backward")]
+    found += [_config("residual", way, 8192, 128) for way in ("forward", "backward")]
+    found += [_config(op, way, 8192, 16, dropout=True) for op in ("residual", "dx") for way in ("forward", "backward")]
+    found += [_config(op, way, 8192, 16, parameter="float32") for op in ("residual", "batch") for way in ("forward", "backward")]
+    found += [_config("residual", way, 8192, 16, "float16") for way in ("forward", "backward")]
+    for op in ("residual", "batch", "token"):
+        found += [_config(op, way, 8192, 16, "float32") for way in ("forward", "backward")]
+    return list(dict.fromkeys(c for c in found if not (c.op == "dx" and c.direction == "forward")))
+
+
+def _config(
+    op: str, direction: str, T: int, rank: int, dtype: str = "bfloat16", *, parameter: str | None = None, on: str = "t",
+    dropout: bool = False,
+) -> Config:  # fmt: skip
+    return Config(op, direction, T, 4096, rank, 4, dtype, parameter or dtype, on, dropout)
+
+
+def launches(config: Config, architecture: str) -> list[Any]:
+    """The launches of one configuration, recorded and not run."""
+    recorded: list[Any] = []
+
+    def record(launch: Any) -> bool:
+        recorded.append(launch)
+        return True
+
+    with backend.kernels("launch").observing(record, architecture):
+        _call(config)
+    return recorded
+
+
+def _call(c: Config) -> None:
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    activation, parameter = getattr(torch, c.dtype), getattr(torch, c.parameter)
+    shape = (4, c.T // 4) if c.op == "sample" else (c.T,)
+    y, x, g = (meta(*shape, c.d, dtype=activation) for _ in range(3))
+    A, t = meta(c.rank, c.d, dtype=parameter), meta(*shape, c.rank)
+    p, seed = (0.1, meta(2, dtype=torch.int64)) if c.dropout else (0.0, None)
+    if c.op in ("residual", "dx"):
+        B = meta(c.d, c.rank, dtype=parameter)
+        if c.direction == "forward":
+            backend.residual_add(y, x, A, B, 0.5, p, seed, True)
+        else:
+            everything = c.op == "residual"
+            backend.residual_add_backward(g, x, t, A, B, 0.5, p, seed, True, everything, everything)
+        return
+    B = meta(c.experts, c.d, c.rank, dtype=parameter)
+    static = c.op == "static"
+    R = None if static else meta(c.experts, c.rank if c.router_input == "t" else c.d, dtype=parameter)
+    weights = meta(c.experts) if static else None
+    if c.direction == "forward":
+        backend.routed_projection(y, x, A, B, R, weights, None, 0.5, c.op, c.router_input, p, seed)
+        return
+    probabilities = meta(0) if static else meta(*shape, c.experts)
+    w = meta(4, c.experts) if c.op == "sample" else meta(0 if c.op == "token" else c.experts)
+    needs = [True, True, True, not static, static]
+    backend.routed_projection_backward(
+        g, x, t, probabilities, w, A, B, R, None, None, 0.5, c.op, c.router_input, p, seed, needs
+    )
+
+
+def _facts(config: Config, architecture: str, index: int) -> dict[str, Any]:
+    """One kernel, compiled and read; runs in a worker process."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    launch = launches(config, architecture)[index]
+    model = backend.kernels("model")
+    facts: dict[str, Any] = backend.kernels("machine").inspect(launch, architecture)
+    facts.update(
+        kernel=launch.name,
+        config=str(config),
+        arch=architecture,
+        grid=list(launch.grid),
+        warps=launch.warps,
+        stages=launch.stages,
+        bytes_in_flight=model.bytes_in_flight(launch, architecture, facts["ctas_per_sm"]),
+        dram_bytes=model.dram_bytes(launch),
+        l2_bytes=model.l2_bytes(launch),
+        model_seconds=model.seconds(launch, architecture)[0],
+    )
+    return facts
+
+
+def _tasks(configs: list[Config], architectures: list[str]) -> Iterator[tuple[Config, str, int]]:
+    """Each distinct kernel once per architecture, with the first configuration that launches it."""
+    signature = backend.kernels("machine").signature
+    seen = set()
+    for architecture in architectures:
+        for config in configs:
+            for index, launch in enumerate(launches(config, architecture)):
+                key = (architecture, launch.name, str(signature(launch)), launch.warps, launch.stages)
+                if key not in seen:
+                    seen.add(key)
+                    yield config, architecture, index
+
+
+def compile_all(
+    configs: list[Config], architectures: list[str], jobs: int, progress: Callable[[int, int], None] = lambda done, of: None
+) -> list[dict[str, Any]]:
+    """Facts of every distinct kernel, in the order of the configurations."""
+    tasks = list(_tasks(configs, architectures))
+    found = []
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_facts, *task) for task in tasks]
+        for number, future in enumerate(futures, 1):
+            found.append(future.result())
+            progress(number, len(tasks))
+    return found
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """What a shipped kernel must not do, and this one does; empty when it is sound."""
+    found = []
+    if row["spills"] or row["local_accesses"]:
+        found.append(f"spills {row['spills']} bytes")
+    if row["atomics"]:
+        found.append(f"{row['atomics']} atomics")
+    if row["shared_bytes"] > backend.kernels("machine").LARGEST_BLOCK[row["arch"]]:
+        found.append(f"needs {row['shared_bytes']} bytes of shared memory")
+    if row["ctas_per_sm"] == 0:
+        found.append("does not fit a multiprocessor")
+    # IEEE float32 has no matrix instruction; gfx942 has no asynchronous copy that Triton uses.
+    if row["dots"] and not row["tensor_ops"] and " float32" not in row["config"]:
+        found.append("a dot without matrix instructions")
+    if row["load_bytes"] and row["load_bytes"] < 16:
+        found.append(f"streams in accesses of {row['load_bytes']} bytes")
+    if row["synchronous_streams"] and row["arch"] != "gfx942":
+        found.append(f"{row['synchronous_streams']} streaming loads that are not asynchronous")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `lowrank-fast codegen`."""
+    parser.add_argument("--json", metavar="FILE", help='write {"kernels": [...]} to FILE')
+    parser.add_argument("--table", metavar="FILE", help="write the table as Markdown to FILE")
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this one (repeatable; default: all)")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="the residual add alone")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile, print the table, write files; 0 when every kernel is sound, 1 when one is not, 2 when none can be compiled."""
+    reason = unavailable_reason()
+    if reason:
+        print(f"lowrank-fast codegen: {reason}", file=sys.stderr)
+        return 2
+    architectures = list(args.arch or ARCHITECTURES)
+    configs = configurations(args.quick)
+
+    def progress(done: int, of: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done}/{of} kernels", end="" if done < of else "\n", file=sys.stderr, flush=True)
+
+    kernels = compile_all(configs, architectures, args.jobs, progress)
+    text = table(kernels, configs, architectures)
+    print(text)
+    if args.json:
+        _write(Path(args.json), json.dumps({"kernels": kernels}, indent=1) + "\n")
+    if args.table:
+        _write(Path(args.table), text)
+    return 1 if any(faults(row) for row in kernels) else 0
+
+
+def unavailable_reason() -> str | None:
+    """Why kernels cannot be compiled here, in one line; None when they can."""
+    import importlib.util
+
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        return "TRITON_INTERPRET must not be 1: interpreted kernels cannot be compiled"
+    return None
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def table(kernels: list[dict[str, Any]], configs: list[Config], architectures: list[str]) -> str:
+    """The report: one row per kernel, then the modelled fraction of the copy bandwidth per op."""
+    import triton
+
+    head = ["kernel", "configuration", "arch", "regs", "spill", "shared KB", "CTA/SM", "KB in flight", "load B", "async",
+            "matrix", "atomic", "DRAM MB", "model µs", ""]  # fmt: skip
+    lines = [
+        "# Triton kernels: machine code and modelled time",
+        "",
+        f"Written by `lowrank-fast codegen` with Triton {triton.__version__}, from machine code compiled without a GPU. "
+        "DRAM bytes and times are a **model**, not a measurement. Loads and asynchronous copies concern the streamed "
+        "activations; `KB in flight` is per multiprocessor.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
+    for row in kernels:
+        cells = [
+            row["kernel"], row["config"], row["arch"], row["registers"], row["spills"], f"{row['shared_bytes'] / 1024:.0f}",
+            row["ctas_per_sm"], f"{row['bytes_in_flight'] / 1024:.0f}", row["load_bytes"] or "–", row["async_copies"],
+            row["tensor_ops"], row["atomics"], f"{row['dram_bytes'] / 1e6:.1f}", f"{row['model_seconds'] * 1e6:.1f}",
+            "; ".join(faults(row)),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join([*lines, "", *_summary(configs, architectures)]) + "\n"
+
+
+def _summary(configs: list[Config], architectures: list[str]) -> list[str]:
+    """Whole ops: launches, passes over the activations, and the fraction of the copy bandwidth, beside other implementations."""
+    model = backend.kernels("model")
+    lines = [
+        "## Whole operations (model)",
+        "",
+        "Floor: 3 passes over `[T, d]` (2 where `x` alone needs a gradient) at the copy bandwidth. `fraction` takes L2 to deliver "
+        "twice the copy bandwidth; `strict` charges every re-read as if it missed L2.",
+        "",
+        "| operation | arch | launches | DRAM passes | model µs | fraction | strict |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for architecture in architectures:
+        rate = model.BANDWIDTH[architecture]
+        for config in configs:
+            recorded = launches(config, architecture)
+            one = config.T * config.d * getattr(torch, config.dtype).itemsize
+            passes = sum(model.dram_bytes(launch) for launch in recorded) / one
+            times = [model.seconds(launch, architecture) for launch in recorded]
+            ours, strict = (sum(values) for values in zip(*times, strict=True))
+            floor = (2 if config.op == "dx" else 3) * one / rate
+            lines.append(
+                f"| {config} | {architecture} | {len(recorded)} | {passes:.2f} | {ours * 1e6:.1f} | {floor / ours:.0%} | "
+                f"{floor / strict:.0%} |"
+            )
+    lines += ["", "## The same model for other implementations (residual add, T = 8192, d = 4096, bfloat16, H100)", ""]
+    lines += ["| direction | implementation | passes | model µs | fraction |", "|---|---|---|---|---|"]
+    one = 8192 * 4096 * 2 / model.BANDWIDTH["sm_90"]
+    for direction, others in model.OTHERS.items():
+        for name, passes in others.items():
+            lines.append(f"| {direction} | {name} | {passes} | {passes * one * 1e6:.0f} | {3 / passes:.0%} |")
+    return lines
