@@ -19,25 +19,53 @@ def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
+def update(op: str, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> None:
+    """Everything about `y [.., d_out]`, `x [.., d_in]`, `A [r, d_in]`, `B [d_out, r]`."""
+    y_shape, x_shape, A_shape, B_shape = y.shape, x.shape, A.shape, B.shape
+    dtype, device, dims = y.dtype, y.device, len(y_shape)
+    # the usual case in one expression: it runs on every call, and a call can be shorter than the separate checks
+    if (
+        dims > 1
+        and dtype in DTYPES
+        and x.dtype is dtype
+        and A.dtype is dtype
+        and B.dtype is dtype
+        and len(x_shape) == dims
+        and x_shape[0] == y_shape[0]
+        and (dims == 2 or x_shape[:-1] == y_shape[:-1])
+        and len(A_shape) == 2
+        and A_shape[1] == x_shape[-1] > 0
+        and B_shape == (y_shape[-1], A_shape[0])
+        and A_shape[0] > 0
+        and y_shape[-1] > 0
+        and x.device == device
+        and A.device == device
+        and B.device == device
+    ):
+        return
+    activations(op, y, x)
+    down(op, A, x)
+    up(op, B, y, A_shape[0])
+
+
 def activations(op: str, y: Tensor, x: Tensor) -> None:
     """`x [.., d_in]` and `y [.., d_out]`: same leading dimensions, dtype and device."""
-    if y.dtype is x.dtype and y.dtype in DTYPES and y.device == x.device and y.shape[:-1] == x.shape[:-1] and y.dim():
-        return
     for name, tensor in (("y", y), ("x", x)):
         single(op, name, tensor)
     if y.dtype is not x.dtype:
         raise TypeError(f"{op}: x must have the dtype of y, {y.dtype}; got {x.dtype}")
     if y.device != x.device:
         raise ValueError(f"{op}: x must be on the device of y, {y.device}; got {x.device}")
-    raise ValueError(f"{op}: x [.., d_in] must have the leading dimensions of y {_shape(y)}; got {_shape(x)}")
+    if y.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"{op}: x [.., d_in] must have the leading dimensions of y {_shape(y)}; got {_shape(x)}")
 
 
 def single(op: str, name: str, tensor: Tensor) -> None:
     """One activation tensor: a floating dtype and at least one dimension."""
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} must be {_DTYPE_NAMES}; got {tensor.dtype}")
-    if tensor.dim() == 0:
-        raise ValueError(f"{op}: {name} must be [.., d]; got a 0-dimensional tensor")
+    if tensor.dim() == 0 or tensor.shape[-1] == 0:
+        raise ValueError(f"{op}: {name} must be [.., d >= 1]; got {_shape(tensor)}")
 
 
 def parameter(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
@@ -180,25 +208,34 @@ def inplace(op: str, y: Tensor, others: tuple[tuple[str, Tensor], ...], recordin
     """Whether `y` may be overwritten: autograd's rules, and no input that shares its memory."""
     if torch.compiler.is_compiling():
         return
-    if recording and y.requires_grad:
-        if y.is_leaf:
-            raise RuntimeError(
-                f"{op}: inplace=True on a leaf y that requires grad; use inplace=False or torch.no_grad()"
-            )
-        if y._is_view() and _is_multi_view(y):
-            raise RuntimeError(
-                f"{op}: inplace=True on a y that is one of several views returned by one function (chunk, split, unbind) "
-                "or made under no_grad, which autograd forbids; use inplace=False"
-            )
+    if recording:
+        _recordable(op, y, others)
     _writable(op, "y", y)
     for name, other in others:
         if overlap(y, other):
             raise RuntimeError(f"{op}: inplace=True needs y and {name} in separate memory, but they overlap")
 
 
-def _is_multi_view(y: Tensor) -> bool:
-    meta = torch._C._autograd._get_creation_meta(y)
-    return meta != torch._C._autograd.CreationMeta.DEFAULT
+def _recordable(op: str, y: Tensor, others: tuple[tuple[str, Tensor], ...]) -> None:
+    """What autograd would refuse only after `y` was overwritten."""
+    for name, tensor in (("y", y), *others):
+        if tensor.is_inference():
+            raise RuntimeError(
+                f"{op}: inplace=True needs ordinary tensors while autograd records, but {name} was made under "
+                "torch.inference_mode(); clone it, or use torch.no_grad()"
+            )
+    if not torch.is_grad_enabled():
+        return
+    base = y._base if y._is_view() else y
+    assert base is not None
+    if base.is_leaf and base.requires_grad:
+        what = "a leaf y" if base is y else "a y that is a view of a leaf"
+        raise RuntimeError(f"{op}: inplace=True on {what} that requires grad; use inplace=False or torch.no_grad()")
+    if y._is_view() and torch._C._autograd._get_creation_meta(y) != torch._C._autograd.CreationMeta.DEFAULT:
+        raise RuntimeError(
+            f"{op}: inplace=True on a y that is one of several views returned by one function (chunk, split, unbind) "
+            "or made under no_grad, which autograd forbids; use inplace=False"
+        )
 
 
 def out_buffer(op: str, out: Tensor, y: Tensor, others: tuple[tuple[str, Tensor], ...], recording: bool) -> None:

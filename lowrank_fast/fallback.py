@@ -6,13 +6,34 @@ schemas. A result that was not asked for is an empty tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import reference as ref
 from .reference import accumulate_dtype, bank_as_matrix
+
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def _kernel(function: Callable[P, Result]) -> Callable[P, Result]:
+    """An op body: autocast, which would round its matrix products to 16 bits, ends at its door."""
+
+    @functools.wraps(function)
+    def body(*args: P.args, **kwargs: P.kwargs) -> Result:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        if not torch.is_autocast_enabled(first.device.type):
+            return function(*args, **kwargs)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return body
 
 
 def _empty(like: Tensor) -> Tensor:
@@ -26,6 +47,7 @@ def _rows(x: Tensor, acc: torch.dtype) -> Tensor:
 # ------------------------------------------------------------------------------------------------ residual add
 
 
+@_kernel
 def residual_add(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout_p: float, seed: Tensor | None, save_t: bool
 ) -> tuple[Tensor, Tensor]:
@@ -33,12 +55,14 @@ def residual_add(
     return ref.expand_add(y, t, B, scale), t if save_t else _empty(t)
 
 
+@_kernel
 def residual_add_(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout_p: float, seed: Tensor | None, save_t: bool
 ) -> Tensor:
     return residual_add_out(y, x, A, B, scale, dropout_p, seed, save_t, out=y)
 
 
+@_kernel
 def residual_add_out(
     y: Tensor,
     x: Tensor,
@@ -56,6 +80,7 @@ def residual_add_out(
     return t
 
 
+@_kernel
 def residual_add_backward(
     g: Tensor,
     x: Tensor | None,
@@ -76,9 +101,30 @@ def residual_add_backward(
     return dx, dA, dB
 
 
+@_kernel
+def residual_add_backward_out(
+    g: Tensor,
+    x: Tensor,
+    t: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    *,
+    dx: Tensor,
+    dA: Tensor,
+    dB: Tensor,
+) -> None:
+    gradients = residual_add_backward(g, x, t, A, B, scale, dropout_p, seed, True, True, True)
+    for out, gradient in zip((dx, dA, dB), gradients, strict=True):
+        out.copy_(gradient)
+
+
 # ------------------------------------------------------------------------------------------------ the two halves
 
 
+@_kernel
 def shrink(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     mask = None
     if dropout_p > 0.0 and seed is not None:
@@ -86,6 +132,7 @@ def shrink(x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None) -> Tenso
     return ref.shrink(x, A, mask, dropout_p)
 
 
+@_kernel
 def shrink_backward(
     dt: Tensor,
     x: Tensor | None,
@@ -110,14 +157,17 @@ def shrink_backward(
     return dx, dA
 
 
+@_kernel
 def expand_add(y: Tensor, t: Tensor, B: Tensor, scale: float) -> Tensor:
     return ref.expand_add(y, t, B, scale)
 
 
+@_kernel
 def expand_add_(y: Tensor, t: Tensor, B: Tensor, scale: float) -> None:
     y.copy_(ref.expand_add(y, t, B, scale))
 
 
+@_kernel
 def expand_add_backward(
     g: Tensor, t: Tensor, B: Tensor, scale: float, need_dt: bool, need_dB: bool
 ) -> tuple[Tensor, Tensor]:
@@ -134,6 +184,7 @@ def expand_add_backward(
 # ------------------------------------------------------------------------------------------------ routed projection
 
 
+@_kernel
 def routed_projection(
     y: Tensor,
     x: Tensor,
@@ -159,6 +210,7 @@ def routed_projection(
     return out, t, p, _empty(t) if routing == "token" else w
 
 
+@_kernel
 def routed_projection_(
     y: Tensor,
     x: Tensor,
@@ -178,6 +230,7 @@ def routed_projection_(
     return t, p, w
 
 
+@_kernel
 def routed_projection_backward(
     g: Tensor,
     x: Tensor | None,
@@ -201,11 +254,11 @@ def routed_projection_backward(
     experts, _, rank = B.shape
     bank = B.to(acc)
     samples = g.shape[0] if routing == "sample" else 1
-    rows = _rows(g, acc).view(samples, -1, g.shape[-1])  # [S, N, d_out]
-    t_rows = _rows(t, acc).view(samples, -1, rank)  # [S, N, r]
+    rows = ref.by_sample(g, routing).to(acc)  # [S, N, d_out]
+    t_rows = ref.by_sample(t, routing).to(acc)  # [S, N, r]
 
     if routing == "token":
-        w_rows = _rows(p, acc).view(samples, -1, experts)
+        w_rows = ref.by_sample(p, routing).to(acc)
         z = (w_rows[..., :, None] * t_rows[..., None, :]).flatten(-2)  # [1, T, E r]
         dz = (scale * (rows @ bank_as_matrix(bank))).unflatten(-1, (experts, rank))  # [1, T, E, r]
         dB = (scale * (rows.mT @ z))[0].view(-1, experts, rank).transpose(0, 1) if need_dB else None
@@ -218,7 +271,7 @@ def routed_projection_backward(
         dB = torch.einsum("se,sor->eor", w_rows, G) if need_dB else None
         dw = torch.einsum("sor,eor->se", G, bank)
         dt = scale * (rows @ torch.einsum("se,eor->sor", w_rows, bank))
-        dlogits = None if routing == "static" else _mean_softmax_backward(p, dw, token_mask, samples)
+        dlogits = None if routing == "static" else _mean_softmax_backward(ref.by_sample(p, routing), dw, token_mask)
 
     dx, dA, dR = _empty(g), _empty(A), _empty(A)
     if dlogits is not None and R is not None:
@@ -245,12 +298,11 @@ def routed_projection_backward(
     )
 
 
-def _mean_softmax_backward(p: Tensor, dw: Tensor, token_mask: Tensor | None, samples: int) -> Tensor:
-    """`p (dp - <p, dp>)  [S, N, E]` where every kept token shares `dp = dw / tokens averaged over`."""
-    rows = p.reshape(samples, -1, p.shape[-1])
+def _mean_softmax_backward(rows: Tensor, dw: Tensor, token_mask: Tensor | None) -> Tensor:
+    """`p (dp - <p, dp>)  [S, N, E]` from `p` as `rows`, where every kept token shares `dp = dw / tokens averaged over`."""
     if token_mask is None:
         dp = (dw / max(rows.shape[1], 1))[:, None, :].expand_as(rows)
     else:
-        keep = token_mask.reshape(rows.shape[:2]).to(p.dtype)
+        keep = token_mask.reshape(rows.shape[:2]).to(rows.dtype)
         dp = dw[:, None, :] * (keep / keep.sum(1, keepdim=True).clamp(min=1.0))[..., None]
     return rows * (dp - (rows * dp).sum(-1, keepdim=True))

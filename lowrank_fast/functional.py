@@ -39,6 +39,13 @@ def _like_stream(x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
+def _written(tensor: Tensor) -> Tensor:
+    """Counts a write outside autograd, so that a backward that saved the old values raises instead of using the new."""
+    if not torch.compiler.is_compiling() and not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+    return tensor
+
+
 # ------------------------------------------------------------------------------------------------ residual add
 
 
@@ -50,24 +57,20 @@ class _ResidualAdd(torch.autograd.Function):
         x: Tensor,
         A: Tensor,
         B: Tensor,
-        scale: float,
-        inplace: bool,
-        dropout_p: float,
         seed: Tensor | None,
-        backend: str,
+        settings: tuple[float, float, str, bool],
     ) -> Tensor:
+        scale, dropout_p, backend, inplace = settings
         ops = backends.namespace(backend)
-        _, need_x, need_A, need_B = ctx.needs_input_grad[:4]
+        need_A, need_B = ctx.needs_input_grad[2:4]
         if inplace:
             t = ops.residual_add_(y, x, A, B, scale, dropout_p, seed, need_B)
             ctx.mark_dirty(y)
             out = y
         else:
             out, t = ops.residual_add(y, x, A, B, scale, dropout_p, seed, need_B)
-        ctx.save_for_backward(
-            x if need_A else None, t if need_B else None, A if need_x or need_A or need_B else None, B, seed
-        )
-        ctx.settings = (scale, dropout_p, backend)
+        ctx.save_for_backward(x if need_A else None, t if need_B else None, A, B, seed)
+        ctx.settings = settings
         return out
 
     @staticmethod
@@ -77,7 +80,7 @@ class _ResidualAdd(torch.autograd.Function):
         dx = dA = dB = None
         if need_x or need_A or need_B:
             x, t, A, B, seed = ctx.saved_tensors
-            scale, dropout_p, backend = ctx.settings
+            scale, dropout_p, backend, _ = ctx.settings
             ops = backends.namespace(backend)
             dx, dA, dB = ops.residual_add_backward(
                 g, x, t if need_B else B, A, B, scale, dropout_p, seed, need_x, need_A, need_B
@@ -87,9 +90,6 @@ class _ResidualAdd(torch.autograd.Function):
             dx if need_x else None,
             dA if need_A else None,
             dB if need_B else None,
-            None,
-            None,
-            None,
             None,
             None,
         )
@@ -127,9 +127,7 @@ def residual_add(
     Source: arXiv 2503.00572 (LoR2C), equation of the residual branch.
     """
     x = _like_stream(x, y)
-    checks.activations("residual_add", y, x)
-    checks.down("residual_add", A, x)
-    checks.up("residual_add", B, y, A.shape[0])
+    checks.update("residual_add", y, x, A, B)
     if dropout_p or type(scale) is not float:
         checks.scale_and_dropout("residual_add", scale, dropout_p)
     backend = backends.select(y)
@@ -142,14 +140,14 @@ def residual_add(
         checks.out_buffer("residual_add", out, y, (("x", x), ("A", A), ("B", B)), recording)
     p, seed = (float(dropout_p), dropout_seed(x.device)) if training and dropout_p > 0.0 else (0.0, None)
     if recording:
-        return _ResidualAdd.apply(y, x, A, B, float(scale), inplace, p, seed, backend)
+        return _ResidualAdd.apply(y, x, A, B, seed, (float(scale), p, backend, inplace))
     ops = backends.namespace(backend)
     if inplace:
         ops.residual_add_(y, x, A, B, scale, p, seed, False)
-        return y
+        return _written(y)
     if out is not None:
         ops.residual_add_out(y, x, A, B, scale, p, seed, False, out=out)
-        return out
+        return _written(out)
     return ops.residual_add(y, x, A, B, scale, p, seed, False)[0]
 
 
@@ -237,7 +235,7 @@ def expand_add(y: Tensor, t: Tensor, B: Tensor, scale: float = 1.0, *, inplace: 
     ops = backends.namespace(backend)
     if inplace:
         ops.expand_add_(y, t, B, scale)
-        return y
+        return _written(y)
     return ops.expand_add(y, t, B, scale)
 
 
@@ -365,5 +363,5 @@ def routed_projection(
     arguments = (x, A, B, R, weights, token_mask, scale, routing, router_input, p, seed)
     if inplace:
         ops.routed_projection_(y, *arguments)
-        return y
+        return _written(y)
     return ops.routed_projection(y, *arguments)[0]

@@ -39,6 +39,10 @@ SCHEMAS = {
         f"(Tensor g, Tensor? x, Tensor t, Tensor A, Tensor B, float scale, {_DROPOUT}, "
         "bool need_dx, bool need_dA, bool need_dB) -> (Tensor, Tensor, Tensor)"
     ),
+    "residual_add_backward_out": (
+        f"(Tensor g, Tensor x, Tensor t, Tensor A, Tensor B, float scale, {_DROPOUT}, "
+        "*, Tensor(a!) dx, Tensor(b!) dA, Tensor(c!) dB) -> ()"
+    ),
     "shrink": f"(Tensor x, Tensor A, {_DROPOUT}) -> Tensor",
     "shrink_backward": (
         f"(Tensor dt, Tensor? x, Tensor A, {_DROPOUT}, ScalarType dx_dtype, bool need_dx, bool need_dA) "
@@ -91,6 +95,10 @@ def _residual_add_backward(g, x, t, A, B, scale, dropout_p, seed, need_dx, need_
         _grad_like(A) if need_dA else _empty(A),
         _grad_like(B) if need_dB else _empty(B),
     )
+
+
+def _residual_add_backward_out(g, x, t, A, B, scale, dropout_p, seed, *, dx, dA, dB) -> None:  # type: ignore[no-untyped-def]
+    torch._check(A.dim() == 2 and B.dim() == 2 and A.shape[0] == B.shape[1], lambda: "A [r, d_in], B [d_out, r]")
 
 
 def _shrink(x, A, dropout_p, seed):  # type: ignore[no-untyped-def]
@@ -167,6 +175,7 @@ class Dispatched:
     residual_add_ = torch.ops.lowrank_fast.residual_add_.default
     residual_add_out = torch.ops.lowrank_fast.residual_add_out.default
     residual_add_backward = torch.ops.lowrank_fast.residual_add_backward.default
+    residual_add_backward_out = torch.ops.lowrank_fast.residual_add_backward_out.default
     shrink = torch.ops.lowrank_fast.shrink.default
     shrink_backward = torch.ops.lowrank_fast.shrink_backward.default
     expand_add = torch.ops.lowrank_fast.expand_add.default

@@ -120,13 +120,19 @@ def router_logits(x: Tensor, t: Tensor, A: Tensor, R: Tensor, router_input: str)
     return source.to(acc) @ R.to(acc).transpose(-1, -2)
 
 
+def by_sample(x: Tensor, routing: str) -> Tensor:
+    """`x [.., d]` as `[S, tokens, d]`: the first dimension is the sample for "sample", all is one sample otherwise."""
+    samples = x.shape[0] if routing == "sample" else 1
+    rows = x.numel() // x.shape[-1]
+    return x.reshape(samples, rows // max(samples, 1), x.shape[-1])
+
+
 def mean_over_tokens(p: Tensor, routing: str, token_mask: Tensor | None) -> Tensor:
     """Mean of the probabilities `p [.., E]` over the tokens that `token_mask` keeps: `[E]` (batch) or `[S, E]` (sample).
 
     A sample (or a batch) whose every token is masked gets weights of zero.
     """
-    experts = p.shape[-1]
-    rows = p.reshape(1, -1, experts) if routing == "batch" else p.reshape(p.shape[0], -1, experts)
+    rows = by_sample(p, routing)
     if token_mask is None:
         mean = rows.sum(1) / max(rows.shape[1], 1)
     else:
@@ -156,9 +162,7 @@ def expand_add_routed(y: Tensor, t: Tensor, B: Tensor, w: Tensor, scale: float, 
         return expand_add(y, z, bank_as_matrix(B), scale)
     mix = mixed_bank(B, w, acc)
     if routing == "sample":
-        samples = y.shape[0]
-        out = expand_add(y.reshape(samples, -1, y.shape[-1]), t.reshape(samples, -1, t.shape[-1]), mix, scale)
-        return out.reshape(y.shape)
+        return expand_add(by_sample(y, routing), by_sample(t, routing), mix, scale).reshape(y.shape)
     return expand_add(y, t, mix, scale)
 
 

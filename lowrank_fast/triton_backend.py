@@ -505,7 +505,8 @@ class _Backward:
                 kernels("backward").up_kernel,
                 (columns * expert_groups, self.runs, self.groups),
                 (
-                    self.g, self.t, self.B, self.p, self.w, self.active, self.u if emit_u else None, self.b_parts, self.dw,
+                    self.g, self.t if need_dB or need_dw else None, self.B, self.p if self.mix == "token" else None,
+                    self.w if self.mix == "weights" else None, self.active, self.u if emit_u else None, self.b_parts, self.dw,
                     T, N, self.g.stride(0), self.B.stride(0) if bank else 0, T // self.groups, per_run, float(self.scale),
                 ),
                 dict(
@@ -584,10 +585,11 @@ class _Backward:
                 kernels("backward").down_kernel,
                 (columns, self.down_runs, self.groups),
                 (
-                    self.x, self.u, self.A, R, self.p, self.t, self.dw if token else None, None if token else self.dw,
+                    self.x if need_dA or (need_dR and self.router == "x") else None, self.u, self.A, R, self.p,
+                    self.t if with_dB or extra else None, self.dw if token else None, None if token else self.dw,
                     self.token_mask, self.counts, self.seed, sample, self.a_parts, self.r_parts,
-                    self.g, B, self.active, self.b_parts,
-                    T, D, N, 0 if self.x is None else self.x.stride(0), self.g.stride(0),
+                    self.g if with_dB else None, B, self.active, self.b_parts,
+                    T, D, N, 0 if self.x is None else self.x.stride(0), self.g.stride(0) if with_dB else 0,
                     B.stride(0) if B is not None and B.dim() == 3 else 0, T // self.groups, per_run, self.dw_count,
                     up_tiles, down_tiles, self.keep_scale, float(self.scale), self.threshold,
                 ),

@@ -52,29 +52,32 @@ Tensor residual_add_out(const Tensor& y, const Tensor& x, const Tensor& A, const
   return add_into(out, y, x, A, B, scale, dropout_p, seed, save_t);
 }
 
-std::tuple<Tensor, Tensor, Tensor> residual_add_backward(const Tensor& g_tensor, const std::optional<Tensor>& x_tensor,
-                                                         const Tensor& t_tensor, const Tensor& A, const Tensor& B,
-                                                         double scale, double dropout_p, const Seed& seed, bool need_dx,
-                                                         bool need_dA, bool need_dB) {
+// dx, dA, dB undefined: not needed.
+void gradients_into(const Tensor& g_tensor, const std::optional<Tensor>& x_tensor, const Tensor& t_tensor,
+                    const Tensor& A, const Tensor& B, double scale, double dropout_p, const Seed& seed,
+                    const Tensor& dx_tensor, const Tensor& dA, const Tensor& dB) {
   const Rows g = rows_of(g_tensor);
   const Dtype dtype = dtype_of(g_tensor);
   const int64_t d_in = A.size(-1), k = A.size(0), padded = pad_rank(k);
   const Factor down = factor_of(A, 1, d_in), up = factor_of(B, 0, g.matrix.cols);
+  const bool need_dx = dx_tensor.defined(), need_dA = dA.defined(), need_dB = dB.defined();
   TORCH_CHECK(down.k == up.k, "lowrank_fast: A has rank ", down.k, " and B ", up.k);
   TORCH_CHECK(!need_dA || x_tensor.has_value(), "lowrank_fast: the gradient of A needs x");
   const bool need_u = need_dx || need_dA;
   const float s = static_cast<float>(scale);
 
-  Tensor dx_tensor = need_dx ? activations(g_tensor, d_in) : empty_result(g_tensor);
-  Tensor dA = need_dA ? at::empty_like(A) : empty_result(A), dB = need_dB ? at::empty_like(B) : empty_result(B);
-  Tensor t = need_dB ? hidden_rows(t_tensor, g.count, k) : Tensor();
+  const Tensor t = need_dB ? hidden_rows(t_tensor, g.count, k) : Tensor();
   std::optional<Rows> x, dx;
   if (need_dA) {
     x = rows_of(*x_tensor);
     check_rows("x", *x, g.count, g_tensor);
   }
-  if (need_dx) dx = rows_of(dx_tensor);
-
+  if (need_dx) {
+    dx = rows_of(dx_tensor);
+    check_rows("dx", *dx, g.count, g_tensor);
+    TORCH_CHECK(dx->owner.is_same(dx_tensor) && dx->matrix.cols == d_in,
+                "lowrank_fast: dx must be [.., d_in] with one stride between rows");
+  }
   const PanelSource B_panel(up, dtype);
   const ShrinkOuter first{g, need_u ? &B_panel : nullptr, target(need_dB, dB, 0, g.matrix.cols), k};
   const ExpandOuter second{x ? &*x : nullptr,
@@ -91,7 +94,22 @@ std::tuple<Tensor, Tensor, Tensor> residual_add_backward(const Tensor& g_tensor,
       [&](int64_t, int64_t rows, const float* v, float* u) {
         if (u) scaled(v, padded, rows, k, s, u, padded);
       });
-  return {dx_tensor, dA, dB};
+}
+
+std::tuple<Tensor, Tensor, Tensor> residual_add_backward(const Tensor& g, const std::optional<Tensor>& x, const Tensor& t,
+                                                         const Tensor& A, const Tensor& B, double scale,
+                                                         double dropout_p, const Seed& seed, bool need_dx, bool need_dA,
+                                                         bool need_dB) {
+  Tensor dx = need_dx ? activations(g, A.size(-1)) : Tensor();
+  Tensor dA = need_dA ? at::empty_like(A) : Tensor(), dB = need_dB ? at::empty_like(B) : Tensor();
+  gradients_into(g, x, t, A, B, scale, dropout_p, seed, dx, dA, dB);
+  return {need_dx ? dx : empty_result(g), need_dA ? dA : empty_result(A), need_dB ? dB : empty_result(B)};
+}
+
+void residual_add_backward_out(const Tensor& g, const Tensor& x, const Tensor& t, const Tensor& A, const Tensor& B,
+                               double scale, double dropout_p, const Seed& seed, Tensor& dx, Tensor& dA, Tensor& dB) {
+  TORCH_CHECK(dA.sizes() == A.sizes() && dB.sizes() == B.sizes(), "lowrank_fast: dA and dB must be like A and B");
+  gradients_into(g, x, t, A, B, scale, dropout_p, seed, dx, dA, dB);
 }
 
 }  // namespace
@@ -101,6 +119,7 @@ TORCH_LIBRARY_IMPL(lowrank_fast, CPU, m) {
   m.impl("residual_add_", residual_add_);
   m.impl("residual_add_out", residual_add_out);
   m.impl("residual_add_backward", residual_add_backward);
+  m.impl("residual_add_backward_out", residual_add_backward_out);
 }
 
 }  // namespace lowrank

@@ -8,6 +8,7 @@
 // static    batch with given weights: no barrier, one pass.
 //
 // Backward of the softmax: dlogits = p (dp - <p, dp>), where a mean shares dp = dw / tokens among the tokens it kept.
+#include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
 #include <array>
@@ -19,6 +20,10 @@ namespace lowrank {
 namespace {
 
 using MaybeTensor = std::optional<Tensor>;
+// Autocast must not round the small matrix products below.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
 
 struct Shape {
   int64_t count, samples, d_in, d_out, experts, k;
@@ -191,6 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> project_into(const Tensor& out_tensor, const 
                                                 const MaybeTensor& weights, const MaybeTensor& token_mask, double scale,
                                                 std::string_view routing, std::string_view router_input,
                                                 double dropout_p, const MaybeTensor& seed) {
+  const NoAutocast no_autocast;
   const Rows x = rows_of(x_tensor), y = rows_of(y_tensor), out = rows_of(out_tensor);
   check_rows("x", x, y.count, y_tensor);
   const Shape s = shape_of(x, x_tensor, A, B, routing, router_input);
@@ -326,6 +332,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_projection_backward(
     const Tensor& w_tensor, const Tensor& A, const Tensor& B, const MaybeTensor& R, const MaybeTensor& token_mask,
     const MaybeTensor& active, double scale, c10::string_view routing, c10::string_view router_input, double dropout_p,
     const MaybeTensor& seed, std::array<bool, 5> need_list) {
+  const NoAutocast no_autocast;
   const Needs needs{need_list[0], need_list[1], need_list[2], need_list[3], need_list[4]};
   const Rows g = rows_of(g_tensor);
   const Shape s = shape_of(g, g_tensor, A, B, std::string_view(routing), std::string_view(router_input));

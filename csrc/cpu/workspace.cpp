@@ -1,5 +1,8 @@
-// Per-thread memory that outlives a call.
+// Memory: what outlives a call on each thread, and how large results are mapped.
 #include <cstdlib>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "tensors.h"
 
@@ -27,6 +30,18 @@ float* workspace(Slot slot, int64_t floats) {
     block.floats = rounded;
   }
   return block.data;
+}
+
+void prefer_huge_pages(const Tensor& fresh) {
+#if defined(__linux__)
+  constexpr size_t kHuge = size_t{2} << 20, kWorthIt = size_t{32} << 20;
+  if (fresh.nbytes() < kWorthIt) return;
+  const auto begin = (reinterpret_cast<uintptr_t>(fresh.data_ptr()) + kHuge - 1) / kHuge * kHuge;
+  const auto end = (reinterpret_cast<uintptr_t>(fresh.data_ptr()) + fresh.nbytes()) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: failing is harmless
+#else
+  (void)fresh;
+#endif
 }
 
 }  // namespace lowrank
