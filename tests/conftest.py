@@ -1,0 +1,51 @@
+"""Fixtures and settings of the whole suite.
+
+* `backend`: every backend that runs on this machine; `kernel_backend`: those of them that are kernels of ours, which
+  promise more than the plain PyTorch reference does (a row's bits do not depend on its neighbours).
+* hypothesis draws the same examples in every run (`derandomize`), so that a green suite stays green. Set
+  `LOWRANK_FAST_TEST_EXAMPLES` to a number of examples per property, 500 say, for a longer search.
+"""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+from lowrank_fast import backends
+
+EXAMPLES = "LOWRANK_FAST_TEST_EXAMPLES"
+
+hypothesis.settings.register_profile(
+    "lowrank_fast",
+    max_examples=int(os.environ.get(EXAMPLES, "30")),
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("lowrank_fast")
+
+
+# Module scope: hypothesis refuses fixtures that look as if they were set up afresh for each example.
+@pytest.fixture(scope="module", params=backends.available())
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend that runs on this machine."""
+    return request.param
+
+
+@pytest.fixture(scope="module", params=[name for name in backends.available() if name != "reference"])
+def kernel_backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend with kernels of ours."""
+    return request.param
+
+
+@pytest.fixture
+def two_threads():
+    """Run with two threads, whatever the process had, so that a split over threads is exercised."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,1 @@
+"""What only the C++ CPU kernels must do."""

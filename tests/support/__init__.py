@@ -1,0 +1,1 @@
+"""What the tests share: backends under test, memory layouts, problems with their truth, and the accuracy rule."""

@@ -1,0 +1,248 @@
+"""One call of an operation with its backward, evaluated three ways: ours on a backend, the same-dtype PyTorch
+expression, and the float64 reference. `strategies.py` draws them.
+
+Inputs are normal numbers scaled so that the update is as large as the stream: an error in either shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from lowrank_fast import functional, reference, use_backend
+
+from . import expressions
+from .accuracy import DRAWS, assert_all_accurate, distance
+from .memory import laid_out, poisoned_memory
+from .targets import device_of
+
+Results = dict[str, Tensor | None]
+
+
+def evaluate(
+    function: Callable[..., Tensor], tensors: Mapping[str, Tensor], needs: frozenset[str], g: Tensor
+) -> Results:
+    """`out`, and `d<name>` for each needed gradient (None where autograd has none), of `function(**tensors)`."""
+    leaves = {name: value.detach().requires_grad_(name in needs) for name, value in tensors.items()}
+    out = function(**leaves)
+    results: Results = {"out": out.detach()}
+    wanted = [name for name in leaves if name in needs]
+    if wanted:
+        gradients = torch.autograd.grad(out, [leaves[name] for name in wanted], g, allow_unused=True)
+        results |= {f"d{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
+    return results
+
+
+@lru_cache(maxsize=4)
+def _specified_mask(seed: int, tokens: int, d: int, p: float, device: str) -> Tensor:
+    torch.manual_seed(seed)
+    return reference.dropout_mask(functional.dropout_seed(torch.device(device)), tokens, d, p)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all operations share. `layouts` names the memory layout of a tensor; others are contiguous."""
+
+    lead: tuple[int, ...] = (6,)
+    d_in: int = 24
+    d_out: int = 40
+    rank: int = 4
+    dtype: torch.dtype = torch.float32
+    parameter_dtype: torch.dtype = torch.float32
+    scale: float = 0.7
+    needs: frozenset[str] = frozenset()
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    dropout_p: float = 0.0
+    seed: int = 0
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype, float]]:
+        """Shape, dtype and standard deviation of every differentiable tensor, in the order of the arguments."""
+        return {
+            "y": ((*self.lead, self.d_out), self.dtype, 1.0),
+            "x": ((*self.lead, self.d_in), self.dtype, 1.0),
+            "A": ((self.rank, self.d_in), self.parameter_dtype, 1 / math.sqrt(self.d_in)),
+            "B": ((self.d_out, self.rank), self.parameter_dtype, 1 / math.sqrt(self.rank)),
+        }
+
+    def tensors(self, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Tensor]:
+        """The differentiable inputs by name, and the gradient `g` of the output."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def made(name: str, shape: tuple[int, ...], dtype: torch.dtype, deviation: float) -> Tensor:
+            values = torch.randn(shape, generator=generator, dtype=torch.float64).mul_(deviation).to(dtype).to(device)
+            return laid_out(values, self.layouts.get(name, "contiguous"))
+
+        inputs = {name: made(name, *description) for name, description in self.shapes().items()}
+        return inputs, made("g", (*self.lead, self.d_out), self.dtype, 1.0)
+
+    def keep_mask(self, device: torch.device | str = "cpu") -> Tensor | None:
+        """The dropout mask that the call seeded with `seed` must use, from the specification of the generator."""
+        if self.dropout_p == 0.0:
+            return None
+        mask = _specified_mask(self.seed, math.prod(self.lead), self.d_in, self.dropout_p, str(device))
+        return mask.view(*self.lead, self.d_in)
+
+    def prepared(self, device: torch.device | str = "cpu") -> Callable[..., Tensor]:
+        """The public function of the differentiable tensors, its other arguments made."""
+        raise NotImplementedError
+
+    def call(self, **tensors: Tensor) -> Tensor:
+        """The public function."""
+        return self.prepared(tensors["y"].device)(**tensors)
+
+    def expression(self, keep: Tensor | None, **tensors: Tensor) -> Tensor:
+        """The same-dtype PyTorch expression."""
+        raise NotImplementedError
+
+    def reference(self, keep: Tensor | None, **tensors: Tensor) -> Tensor:
+        """The float64 reference."""
+        raise NotImplementedError
+
+    def ours(self, backend: str) -> Results:
+        inputs, g = self.tensors(device_of(backend))
+        torch.manual_seed(self.seed)
+        with use_backend(backend), poisoned_memory():
+            return evaluate(self.call, inputs, self.needs, g)
+
+    def eager(self, device: torch.device | str = "cpu") -> Results:
+        inputs, g = self.tensors(device)
+        keep = self.keep_mask(device)
+        return evaluate(lambda **t: self.expression(keep, **t), inputs, self.needs, g)
+
+    def truth(self, device: torch.device | str = "cpu") -> Results:
+        inputs, g = self.tensors(device)
+        keep = self.keep_mask(device)
+        exact = {name: value.double() for name, value in inputs.items()}
+        return evaluate(lambda **t: self.reference(keep, **t), exact, self.needs, g.double())
+
+    def typical_error(self, name: str) -> float:
+        """The largest relative error that the PyTorch expression makes in the result `name` over other draws."""
+        errors = [0.0]
+        for draw in range(1, DRAWS + 1):
+            other = self.but(seed=self.seed + draw, needs=self.needs & {name[1:]})
+            truth, eager = other.truth()[name], other.eager()[name]
+            if truth is not None and eager is not None and truth.any():
+                errors.append(distance(eager, truth) / truth.norm().item())
+        return max(errors)
+
+    def assert_solved_by(self, backend: str) -> None:
+        """The backend passes the accuracy rule for the output and every needed gradient."""
+        device = device_of(backend)
+        results = self.ours(backend), self.eager(device), self.truth(device)
+        assert_all_accurate(*results, self.dtype, self.typical_error)
+
+    def but(self, **changes: object) -> Problem:
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class ResidualAdd(Problem):
+    def prepared(self, device: torch.device | str = "cpu") -> Callable[..., Tensor]:
+        return partial(functional.residual_add, scale=self.scale, dropout_p=self.dropout_p, training=True)
+
+    def expression(self, keep: Tensor | None, **tensors: Tensor) -> Tensor:
+        return expressions.residual_add(*tensors.values(), self.scale, keep, self.dropout_p)
+
+    def reference(self, keep: Tensor | None, **tensors: Tensor) -> Tensor:
+        return reference.residual_add(*tensors.values(), self.scale, keep, self.dropout_p)
+
+
+@dataclass(frozen=True)
+class Halves(ResidualAdd):
+    """`shrink` and `expand_add` one after the other: what `residual_add` computes, in two calls."""
+
+    def prepared(self, device: torch.device | str = "cpu") -> Callable[..., Tensor]:
+        def both(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+            t = functional.shrink(x, A, dropout_p=self.dropout_p, training=True)
+            return functional.expand_add(y, t, B, self.scale)
+
+        return both
+
+
+@dataclass(frozen=True)
+class Routed(Problem):
+    """`masked` leaves out tokens of the means; `active` is the masked gradient, a tuple of bools or one bool."""
+
+    experts: int = 3
+    routing: str = "batch"
+    router_input: str = "t"
+    masked: bool = False
+    active: tuple[bool, ...] | bool | None = None
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype, float]]:
+        shapes = super().shapes()
+        _, dtype, deviation = shapes["B"]
+        shapes["B"] = ((self.experts, self.d_out, self.rank), dtype, deviation)
+        if self.routing == "static":
+            shapes["weights"] = ((self.experts,), torch.float32, 1.0)
+        else:
+            width = self.rank if self.router_input == "t" else self.d_in
+            shapes["R"] = ((self.experts, width), self.parameter_dtype, 1 / math.sqrt(width))
+        return shapes
+
+    def token_mask(self, device: torch.device | str = "cpu") -> Tensor | None:
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        return (torch.rand(self.lead, generator=generator) < 0.6).to(device) if self.masked else None
+
+    def active_experts(self, device: torch.device | str = "cpu") -> Tensor | bool | None:
+        return torch.tensor(self.active, device=device) if isinstance(self.active, tuple) else self.active
+
+    def prepared(self, device: torch.device | str = "cpu") -> Callable[..., Tensor]:
+        return partial(
+            functional.routed_projection,
+            scale=self.scale,
+            routing=self.routing,
+            router_input=self.router_input,
+            token_mask=self.token_mask(device),
+            active=self.active_experts(device),
+            dropout_p=self.dropout_p,
+            training=True,
+        )
+
+    def _frozen_as_published(self, B: Tensor) -> Tensor:
+        """A frozen expert is a constant to autograd; with `active=False` the bank is, and its gradient None."""
+        if self.active is None or self.active is True:
+            return B
+        if self.active is False:
+            return B.detach()
+        trains = torch.tensor(self.active, device=B.device)[:, None, None]
+        return torch.where(trains, B, B.detach())
+
+    def expression(self, keep: Tensor | None, **tensors: Tensor) -> Tensor:
+        y, x, A, B = (tensors[name] for name in ("y", "x", "A", "B"))
+        return expressions.routed_projection(
+            y,
+            x,
+            A,
+            self._frozen_as_published(B),
+            tensors.get("R"),
+            tensors.get("weights"),
+            self.scale,
+            self.routing,
+            self.router_input,
+            self.token_mask(y.device),
+            keep,
+            self.dropout_p,
+        )
+
+    def reference(self, keep: Tensor | None, **tensors: Tensor) -> Tensor:
+        y, x, A, B = (tensors[name] for name in ("y", "x", "A", "B"))
+        return reference.routed_projection(
+            y,
+            x,
+            A,
+            self._frozen_as_published(B),
+            tensors.get("R"),
+            self.scale,
+            routing=self.routing,
+            router_input=self.router_input,
+            weights=tensors.get("weights"),
+            token_mask=self.token_mask(y.device),
+            mask=keep,
+            dropout_p=self.dropout_p,
+        )
