@@ -10,6 +10,7 @@ from . import backends, functional  # noqa: E402
 from .backends import use_backend  # noqa: E402
 from .functional import expand_add, residual_add, routed_projection, shrink  # noqa: E402
 
+backends.register()
 backends.from_environment()
 
 __version__ = "0.1.0"

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 
 import torch  # noqa: F401  (libtorch must be loaded before the extension)
+
+ISA_VARIABLE = "LOWRANK_FAST_CPU_ISA"
 
 _module: ModuleType | None = None
 _reason: str | None = None
 
 
 def load() -> None:
-    """Import the extension, which registers the CPU kernels for the ops that `ops.py` declared."""
+    """Import the extension, which registers the CPU kernels for the ops that `ops.py` declared.
+
+    Applies `LOWRANK_FAST_CPU_ISA`; ValueError when it names an instruction set that this CPU does not run.
+    """
     global _module, _reason
     try:
         _module = importlib.import_module("lowrank_fast._C")
@@ -20,6 +26,8 @@ def load() -> None:
         _reason = "the C++ extension is not built; reinstall with a C++17 compiler and LOWRANK_FAST_BUILD=1"
     except ImportError as error:
         _reason = f"the C++ extension does not load with torch {torch.__version__}: {error}; reinstall lowrank_fast"
+    if _module is not None and os.environ.get(ISA_VARIABLE):
+        _module.set_isa(os.environ[ISA_VARIABLE])
 
 
 def module() -> ModuleType | None:

@@ -1,7 +1,7 @@
 """Which implementation of the ops runs where, and why not another one.
 
 A backend is a namespace of callables with the signatures of `ops.SCHEMAS`. Left alone, the dispatcher picks by device:
-the C++ kernels on the CPU, the fallback elsewhere and for float64. `use_backend` or `LOWRANK_FAST_BACKEND` forces one
+the C++ kernels on the CPU, Triton on GPUs, the fallback elsewhere and for float64. `use_backend` or `LOWRANK_FAST_BACKEND` forces one
 for the whole process; one that cannot run the tensors it is given is an error that says why, never another backend.
 """
 
@@ -15,29 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, fallback
-from .ops import Dispatched
+from . import _native, fallback, ops, triton_backend
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT = "LOWRANK_FAST_BACKEND"
 
 
-def _cpu_reason() -> str | None:
-    return _native.missing_reason()
-
-
-def _absent(what: str) -> Callable[[], str]:
-    return lambda: f"this version of lowrank_fast has no {what} kernels"
-
-
 # Why a backend cannot run at all on this machine; None when it can.
 _REASONS: dict[str, Callable[[], str | None]] = {
-    "cuda": _absent("CUDA"),
-    "triton": _absent("Triton"),
-    "cpu": _cpu_reason,
+    "cuda": lambda: "this build of lowrank_fast has no CUDA extension",
+    "triton": triton_backend.unavailable_reason,
+    "cpu": _native.missing_reason,
     "reference": lambda: None,
 }
-_NAMESPACES: dict[str, Any] = {"dispatch": Dispatched, "cpu": Dispatched, "reference": fallback}
+_NAMESPACES: dict[str, Any] = {
+    "dispatch": ops.Dispatched,
+    "cpu": ops.Dispatched,
+    "triton": triton_backend,
+    "reference": fallback,
+}
 
 _forced: str | None = None
 
@@ -91,6 +87,14 @@ def select(y: Tensor) -> str:
         if y.dtype is torch.float64:
             raise RuntimeError("backend 'cpu' runs float32, bfloat16 and float16; float64 runs on 'reference' only")
     return _forced
+
+
+def register() -> None:
+    """Put the Triton kernels behind the dispatcher for the GPUs they run on; called once at import."""
+    if unavailable_reason("triton") is None:
+        for key, built in (("CUDA", torch.version.cuda or torch.version.hip), ("XPU", torch.xpu._is_compiled())):
+            if built:
+                ops.implement(key, triton_backend)
 
 
 def namespace(name: str) -> Any:

@@ -101,26 +101,6 @@ def residual_add_backward(
     return dx, dA, dB
 
 
-@_kernel
-def residual_add_backward_out(
-    g: Tensor,
-    x: Tensor,
-    t: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    *,
-    dx: Tensor,
-    dA: Tensor,
-    dB: Tensor,
-) -> None:
-    gradients = residual_add_backward(g, x, t, A, B, scale, dropout_p, seed, True, True, True)
-    for out, gradient in zip((dx, dA, dB), gradients, strict=True):
-        out.copy_(gradient)
-
-
 # ------------------------------------------------------------------------------------------------ the two halves
 
 

@@ -299,7 +299,7 @@ class _RoutedProjection(torch.autograd.Function):
             dA if need_A else None,
             dB if need_B else None,
             dR if need_R else None,
-            dweights.to(ctx.weights_dtype) if need_weights else None,
+            dweights.to(ctx.weights_dtype) if dweights is not None and need_weights else None,
             *(None,) * 10,
         )
 

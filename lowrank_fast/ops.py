@@ -14,6 +14,7 @@ Leading dimensions of activations are tokens and may be any number of them. Conv
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,11 +162,27 @@ FAKES["residual_add_"] = _residual_add_out
 
 # ------------------------------------------------------------------------------------------------ registration
 
+
+def _backward_into(*args: Any, dx: Tensor, dA: Tensor, dB: Tensor) -> None:
+    """`residual_add_backward_out` for backends that have no kernel of their own for it."""
+    gradients = torch.ops.lowrank_fast.residual_add_backward.default(*args, True, True, True)
+    for out, gradient in zip((dx, dA, dB), gradients, strict=True):
+        out.copy_(gradient)
+
+
+COMPOSED: dict[str, Callable[..., object]] = {"residual_add_backward_out": _backward_into}
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-    _library.impl(_name, getattr(fallback, _name), "CompositeExplicitAutograd")
+    _library.impl(_name, COMPOSED.get(_name) or getattr(fallback, _name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", FAKES[_name], lib=_library)
+
+
+def implement(dispatch_key: str, backend: Any) -> None:
+    """Register the functions of `backend`, named like the ops, for the devices of `dispatch_key` ("CUDA", "XPU")."""
+    for name in SCHEMAS.keys() - COMPOSED.keys():
+        _library.impl(name, getattr(backend, name), dispatch_key)
 
 
 class Dispatched:
