@@ -65,7 +65,8 @@ def single(op: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{op}: {name} must be {_DTYPE_NAMES}; got {tensor.dtype}")
     if tensor.dim() == 0 or tensor.shape[-1] == 0:
-        raise ValueError(f"{op}: {name} must be [.., d >= 1]; got {_shape(tensor)}")
+        got = _shape(tensor) if tensor.dim() else "a 0-dimensional tensor"
+        raise ValueError(f"{op}: {name} must be [.., d >= 1]; got {got}")
 
 
 def parameter(op: str, name: str, tensor: Tensor, like: Tensor) -> None:

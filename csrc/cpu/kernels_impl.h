@@ -20,6 +20,7 @@ using namespace lowrank;
 
 constexpr int64_t kChunkBytes = 64 * 1024;
 constexpr int kShrinkRanks = kLanes == 16 ? 4 : 2;  // 16 or 8 accumulators of the 32 or 16 registers
+constexpr bool kSplitUnit = kLanes == 4;  // four lanes make long chains of sums: two per rank keep their error down
 constexpr int kExpandRows = kLanes == 16 ? 8 : 4;
 constexpr int kOuterRanks = kLanes == 16 ? 8 : 4;
 
@@ -94,11 +95,14 @@ LOWRANK_INLINE void multipliers2(const float* natural, V& a, V& b) {  // in the 
 template <class D, int R, int C>
 LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const float* P, int64_t ld, int64_t columns,
                                 float* acc, int64_t k, bool accumulate) {
-  V sum[R][C];
+  V sum[R][C], sum_b[R][C];  // sum_b: only where the unit is split
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) sum[i][j] = accumulate ? load(acc + (i * k + j) * kLanes) : V{};
+    for (int j = 0; j < C; ++j) {
+      sum[i][j] = accumulate ? load(acc + (i * k + j) * kLanes) : V{};
+      sum_b[i][j] = V{};
+    }
   auto step = [&](int64_t d, auto load_unit) __attribute__((always_inline)) {
     V a[R], b[R];
 #pragma GCC unroll 8
@@ -113,7 +117,7 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const fl
     for (int j = 0; j < C; ++j) {
       V p = load(P + j * ld + d + kLanes);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) sum[i][j] += b[i] * p;
+      for (int i = 0; i < R; ++i) (kSplitUnit ? sum_b : sum)[i][j] += b[i] * p;
     }
   };
   int64_t d = 0;
@@ -123,7 +127,7 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const fl
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) store(acc + (i * k + j) * kLanes, sum[i][j]);
+    for (int j = 0; j < C; ++j) store(acc + (i * k + j) * kLanes, kSplitUnit ? sum[i][j] + sum_b[i][j] : sum[i][j]);
 }
 
 template <class D, int R>

@@ -117,11 +117,11 @@ class Router {
   Panel panel_{};
 };
 
-// p (dp - <p, dp>)
+// p (dp - <p, dp>), in float64: the difference cancels when the experts' dp are alike
 void softmax_backward(const float* p, const float* dp, float factor, int64_t experts, float* dlogits) {
-  float dot = 0.0f;
-  for (int64_t e = 0; e < experts; ++e) dot += p[e] * dp[e];
-  for (int64_t e = 0; e < experts; ++e) dlogits[e] = factor * p[e] * (dp[e] - dot);
+  double dot = 0.0;
+  for (int64_t e = 0; e < experts; ++e) dot += double(p[e]) * dp[e];
+  for (int64_t e = 0; e < experts; ++e) dlogits[e] = static_cast<float>(double(factor) * p[e] * (dp[e] - dot));
 }
 
 struct Means {  // which tokens each mean keeps
