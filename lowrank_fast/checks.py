@@ -188,19 +188,25 @@ def scale_and_dropout(op: str, scale: float, dropout_p: float) -> None:
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First and one-past-last byte that the tensor's elements can touch."""
     start = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return start, start
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (reach + 1) * tensor.element_size()
 
 
-def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the byte ranges of two tensors meet (interleaved views count as meeting)."""
-    (a0, a1), (b0, b1) = _span(a), _span(b)
-    return a0 < b1 and b0 < a1
+def _sharing(tensor: Tensor, others: tuple[tuple[str, Tensor], ...]) -> str | None:
+    """The name of the first of `others` whose byte range meets that of `tensor` (interleaved views count as meeting)."""
+    start, stop = _span(tensor)
+    for name, other in others:
+        first, last = _span(other)
+        if start < last and first < stop:
+            return name
+    return None
 
 
 def _writable(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.is_contiguous():
+        return
     if tensor.numel() and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
         raise RuntimeError(f"{op}: {name} is expanded (several elements share memory) and cannot be written; clone it")
 
@@ -212,9 +218,9 @@ def inplace(op: str, y: Tensor, others: tuple[tuple[str, Tensor], ...], recordin
     if recording:
         _recordable(op, y, others)
     _writable(op, "y", y)
-    for name, other in others:
-        if overlap(y, other):
-            raise RuntimeError(f"{op}: inplace=True needs y and {name} in separate memory, but they overlap")
+    shared = _sharing(y, others)
+    if shared:
+        raise RuntimeError(f"{op}: inplace=True needs y and {shared} in separate memory, but they overlap")
 
 
 def _recordable(op: str, y: Tensor, others: tuple[tuple[str, Tensor], ...]) -> None:
@@ -250,8 +256,8 @@ def out_buffer(op: str, out: Tensor, y: Tensor, others: tuple[tuple[str, Tensor]
     if torch.compiler.is_compiling():
         return
     _writable(op, "out", out)
-    for name, other in others:
-        if overlap(out, other):
-            raise RuntimeError(f"{op}: out and {name} must not overlap")
-    if overlap(out, y) and not (out.data_ptr() == y.data_ptr() and out.stride() == y.stride()):
+    shared = _sharing(out, others)
+    if shared:
+        raise RuntimeError(f"{op}: out and {shared} must not overlap")
+    if _sharing(out, (("y", y),)) and not (out.data_ptr() == y.data_ptr() and out.stride() == y.stride()):
         raise RuntimeError(f"{op}: out must be y itself or not overlap it")
