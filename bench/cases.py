@@ -20,7 +20,7 @@ DIRECTIONS = {
     "forward": "forward, output allocated in the call",
     "forward_out": "forward into a preallocated output (out=)",
     "forward_inplace": "forward in place (inference)",
-    "backward_out": "backward alone, op level, preallocated where the provider can",
+    "backward_out": "backward alone, op level, into preallocated gradients",
     "forward_backward": "forward and backward through autograd",
 }
 

@@ -20,6 +20,7 @@ import torch
 from lowrank_fast.info import cpu_model
 
 from . import environment, plans
+from .cases import Case, residual
 from .records import Record, write_jsonl, write_text
 
 SUITES = ("ops", "sweep", "model")
@@ -135,7 +136,7 @@ class Session:
         self.advance, self.show = advance, show
         self.order = random.Random(0)
 
-    def run_cases(self, cases: list, seconds: float) -> None:  # type: ignore[type-arg]
+    def run_cases(self, cases: list[Case], seconds: float) -> None:
         """Measure `cases`; what one leaves of its share, or overruns, the later ones get or lose."""
         from .runner import Workspace, run_case
 
@@ -146,7 +147,6 @@ class Session:
             self.advance(case.describe())
 
     def run_overhead(self, dtypes: list[torch.dtype]) -> None:
-        from .cases import residual
         from .overhead import measure_overhead, measure_saved
 
         self.show("overhead of a call")
@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
     missing: str | None = None
     if "model" in suites:
         try:
-            text.locate(*text.ENCODER), text.locate(*text.REVIEWS)
+            text.require()
         except text.MissingData as error:
             missing, suites = str(error), [suite for suite in suites if suite != "model"]
     records = _measure(args, dtypes, suites, minutes * 60.0, folder)

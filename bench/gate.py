@@ -16,7 +16,13 @@ from .cases import Inputs
 # design section 8: relative bounds by dtype of the activations
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
-_CHUNK = 8192
+# elements of a chunk of rows: float64 temporaries of this size stay in the cache and are not mapped afresh each time
+_CHUNK = 2**18
+
+
+def _rows(tensor: Tensor) -> int:
+    """Rows per chunk of a matrix."""
+    return max(1, _CHUNK // max(1, tensor.shape[-1]))
 
 
 class Wrong(Exception):
@@ -30,7 +36,8 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     if expected.dim() < 2:
         got, expected = got.reshape(1, -1), expected.reshape(1, -1)
     error = norm = 0.0
-    for a, b in zip(got.split(_CHUNK), expected.split(_CHUNK), strict=True):
+    rows = _rows(expected.flatten(1))
+    for a, b in zip(got.split(rows), expected.split(rows), strict=True):
         b = b.double()
         error += float((a.double() - b).square().sum())
         norm += float(b.square().sum())
@@ -56,7 +63,7 @@ class Expected:
         if i.problem.family != "residual_add":
             return {"out": _reference(i, *(tensor.double() for tensor in _leaves(i)))}
         A, B = i.A.double(), i.B.double()
-        rows = zip(i.y.split(_CHUNK), i.x.split(_CHUNK), strict=True)
+        rows = zip(i.y.split(_rows(i.y)), i.x.split(_rows(i.y)), strict=True)
         return {"out": torch.cat([reference.residual_add(y.double(), x.double(), A, B, i.scale) for y, x in rows])}
 
     def _with_gradients(self) -> dict[str, Tensor]:

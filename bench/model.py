@@ -32,7 +32,7 @@ from . import environment, memory
 from .records import Record
 from .runner import Report, _silent, quiet_process, record
 from .stats import summarize
-from .text import ENCODER, INSTALL, REVIEWS, Batch, MissingData, batches, locate, read_reviews, split_by_movie
+from .text import ENCODER, REVIEWS, Batch, batches, locate, read_reviews, require, split_by_movie
 
 RANK, ALPHA = 8, 16
 SCALE = ALPHA / RANK
@@ -154,13 +154,11 @@ def relative_drift(reference: list[float], other: list[float]) -> float:
 def load() -> tuple[nn.Module, int, list[Batch], list[Batch]]:
     """The encoder, its width, training batches and held-out batches; raises `MissingData` with what to install."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    require()
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
     folder, reviews = locate(*ENCODER), locate(*REVIEWS)
-    try:
-        import peft  # noqa: F401
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
-    except ImportError as error:
-        raise MissingData(f"the model suite needs transformers and peft ({error}); {INSTALL}") from None
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     encoder = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)

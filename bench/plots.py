@@ -237,7 +237,7 @@ def model(records: Sequence[Record], folder: Path) -> list[Path]:
     axis.set_xticks(
         range(len(timed_runs)), [LABELS[r["provider"]].replace(", ", ",\n") for r in timed_runs], fontsize=8
     )
-    axis.set_ylabel("step time in ms: median, p20 to p80; dash: minimum")
+    axis.set_ylabel("step time in ms (median, p20 to p80; dash: minimum)", fontsize=8)
     axis.grid(axis="y", alpha=0.3)
     _titled(figure, f"MiniLM: one training step of {found[0]['T']} tokens, fp32", found)
     return [*paths, save(figure, folder / "model-steps.png")]

@@ -195,21 +195,15 @@ def _name_gradients(result: tuple[Tensor, ...]) -> Named:
 
 
 def _ours_backward(i: Inputs) -> Prepared:
-    """The op itself; into buffers where the package has an op for that, else into results of its own."""
+    """The op that the autograd Function ends in, with the `t` that the forward op kept."""
     ops = torch.ops.lowrank_fast
     _, t = ops.residual_add(i.y, i.x, i.A, i.B, i.scale, 0.0, None, True)
-    arguments = (i.g, i.x, t, i.A, i.B, i.scale, 0.0, None)
-    if hasattr(ops, "residual_add_backward_out"):
-        into = _gradient_buffers(i)
-        dx, dA, dB = into
-        op_out = ops.residual_add_backward_out.default
-        return Prepared(
-            lambda: op_out(*arguments, dx=dx, dA=dA, dB=dB),
-            lambda result: _name_gradients(into),
-            lambda: _poison(*into),
-        )
-    op = ops.residual_add_backward.default
-    return Prepared(lambda: op(*arguments, True, True, True), _name_gradients)
+    arguments, into = (i.g, i.x, t, i.A, i.B, i.scale, 0.0, None), _gradient_buffers(i)
+    dx, dA, dB = into
+    op = ops.residual_add_backward_out.default
+    return Prepared(
+        lambda: op(*arguments, dx=dx, dA=dA, dB=dB), lambda result: _name_gradients(into), lambda: _poison(*into)
+    )
 
 
 def _manual_backward(run: Callable[..., ex.Gradients], transposed: bool) -> Builder:

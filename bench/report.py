@@ -35,7 +35,9 @@ class Table:
         for index, column in enumerate(self.columns):
             table.add_column(column, justify="left" if index == 0 else "right")
         for row in self.rows:
-            table.add_row(*(f"[bold red]{cell}[/]" if cell in ("NO", "refused", "failed") else cell for cell in row))
+            table.add_row(
+                *(f"[bold red]{cell}[/]" if cell in ("NO", "NO (noisy)", "refused", "failed") else cell for cell in row)
+            )
         console.print(table)
 
 
@@ -225,10 +227,18 @@ def _target_row(row: Row) -> tuple[str, ...]:
         *head,
         unit.format(measured.value),
         "" if measured.median is None else unit.format(measured.median),
-        "NO" if not row.ok else "aim" if row.reaches_aim else "yes",
+        _verdict(row),
         "" if group is None else f"{any_of(group)['T']} x {any_of(group)['d_in']}, r={any_of(group)['r']}",
         "" if other is None else f"{other[1]:.2f}x {other[0]}",
     )
+
+
+def _verdict(row: Row) -> str:
+    """NO, yes or aim; with a mark where the case was measured on a busy machine and should be measured again."""
+    assert row.measured is not None
+    word = "NO" if not row.ok else "aim" if row.reaches_aim else "yes"
+    disturbed = row.measured.group is not None and targets.noisy(row.measured.group)
+    return f"{word} (noisy)" if disturbed else word
 
 
 def all_tables(records: Sequence[Record]) -> list[Table]:

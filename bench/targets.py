@@ -62,6 +62,14 @@ def fastest_other(group: Group) -> tuple[str, float] | None:
     return name, ratio
 
 
+NOISY = 1.5
+
+
+def noisy(group: Group) -> bool:
+    """Whether the median of any provider of the case is more than `NOISY` times its minimum: the machine was busy."""
+    return any(r["median_s"] > NOISY * r["min_s"] for r in group.values() if r["status"] == "ok")
+
+
 @dataclass(frozen=True)
 class Measured:
     """A figure by minima and by medians, and the case it comes from."""

@@ -28,6 +28,15 @@ class MissingData(Exception):
     """A package that the model benchmark reads from is not installed; the message says what to install."""
 
 
+def require() -> None:
+    """Raise `MissingData`, with what to install, unless everything that the model benchmark needs is there."""
+    locate(*ENCODER)
+    locate(*REVIEWS)
+    for package in ("transformers", "peft"):
+        if find_spec(package) is None:
+            raise MissingData(f"the model suite needs the package {package}, which is not installed; {INSTALL}")
+
+
 def locate(package: str, path: str) -> Path:
     """The file or folder `path` inside the installed `package`; raises `MissingData` when either is missing."""
     spec = find_spec(package)

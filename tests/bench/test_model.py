@@ -136,3 +136,10 @@ def test_missing_data_says_what_to_install(tmp_path):
         text.locate("no_such_package", "model")
     with pytest.raises(text.MissingData, match=r"has no nothing\.csv; pip install"):
         text.locate("torch", "nothing.csv")
+
+
+def test_a_missing_library_is_named_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(text, "locate", lambda package, path: tmp_path)
+    monkeypatch.setattr(text, "find_spec", lambda package: None if package == "peft" else object())
+    with pytest.raises(text.MissingData, match="needs the package peft, which is not installed; pip install"):
+        text.require()

@@ -151,3 +151,14 @@ def test_table_shows_misses_and_what_was_not_measured():
 def test_later_measurements_of_a_case_replace_earlier_ones():
     (group,) = targets.groups([*case({"ours": 1.0}), *case({"ours": 2.0})])
     assert group["ours"]["min_s"] == 2.0
+
+
+def test_a_case_measured_on_a_busy_machine_is_marked():
+    calm = case({"ours": 1.0, "addmm": 2.0, "floor": 0.9})
+    busy = [*calm[:1], record("addmm", 2.0, median=3.2), *calm[2:]]
+    quantity = "fp32 forward out=, r=8, vs addmm(out=)"
+    verdicts = [
+        {cells[0]: cells[5] for cells in targets_table(targets.rows(records)).rows}[quantity]
+        for records in (calm, busy)
+    ]
+    assert verdicts == ["yes", "yes (noisy)"]
