@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from . import _native, ops  # noqa: F401  (ops declares the schemas that the extension registers kernels for)
+from . import _cuda, _native, ops  # noqa: F401  (ops declares the schemas that the extension registers kernels for)
 
 _native.load()
+_cuda.load()
 
 from . import backends, functional  # noqa: E402
 from .backends import use_backend  # noqa: E402

@@ -6,7 +6,7 @@ import importlib
 import os
 from types import ModuleType
 
-import torch  # noqa: F401  (libtorch must be loaded before the extension)
+import torch  # libtorch must be loaded before the extension
 
 ISA_VARIABLE = "LOWRANK_FAST_CPU_ISA"
 
@@ -23,7 +23,7 @@ def load() -> None:
     try:
         _module = importlib.import_module("lowrank_fast._C")
     except ModuleNotFoundError:
-        _reason = "the C++ extension is not built; reinstall with a C++17 compiler and LOWRANK_FAST_BUILD=1"
+        _reason = "the C++ extension is not built; reinstall with a C++20 compiler and LOWRANK_FAST_BUILD=1"
     except ImportError as error:
         _reason = f"the C++ extension does not load with torch {torch.__version__}: {error}; reinstall lowrank_fast"
     if _module is not None and os.environ.get(ISA_VARIABLE):

@@ -1,8 +1,9 @@
 """Which implementation of the ops runs where, and why not another one.
 
 A backend is a namespace of callables with the signatures of `ops.SCHEMAS`. Left alone, the dispatcher picks by device:
-the C++ kernels on the CPU, Triton on GPUs, the fallback elsewhere and for float64. `use_backend` or `LOWRANK_FAST_BACKEND` forces one
-for the whole process; one that cannot run the tensors it is given is an error that says why, never another backend.
+the C++ kernels on the CPU, CUDA or else Triton on GPUs, the fallback elsewhere and for float64. `use_backend` or
+`LOWRANK_FAST_BACKEND` forces one for the whole process; one that cannot run the tensors it is given is an error that
+says why, never another backend.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, fallback, ops, triton_backend
+from . import _cuda, _native, fallback, ops, triton_backend
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT = "LOWRANK_FAST_BACKEND"
@@ -23,7 +24,7 @@ ENVIRONMENT = "LOWRANK_FAST_BACKEND"
 
 # Why a backend cannot run at all on this machine; None when it can.
 _REASONS: dict[str, Callable[[], str | None]] = {
-    "cuda": lambda: "this build of lowrank_fast has no CUDA extension",
+    "cuda": _cuda.missing_reason,
     "triton": triton_backend.unavailable_reason,
     "cpu": _native.missing_reason,
     "reference": lambda: None,
@@ -31,6 +32,7 @@ _REASONS: dict[str, Callable[[], str | None]] = {
 _NAMESPACES: dict[str, Any] = {
     "dispatch": ops.Dispatched,
     "cpu": ops.Dispatched,
+    "cuda": ops.Dispatched,
     "triton": triton_backend,
     "reference": fallback,
 }
@@ -81,19 +83,24 @@ def select(y: Tensor) -> str:
     """The backend for activations like `y`; raises RuntimeError when a forced one cannot take them."""
     if _forced is None:
         return "reference" if y.dtype is torch.float64 else "dispatch"
-    if _forced == "cpu":
-        if y.device.type != "cpu" and not torch.compiler.is_compiling():
-            raise RuntimeError(f"backend 'cpu' runs CPU tensors only; got a tensor on {y.device}")
+    if _forced in ("cpu", "cuda"):  # named like the devices they run on
+        if y.device.type != _forced and not torch.compiler.is_compiling():
+            raise RuntimeError(f"backend {_forced!r} runs {_forced} tensors only; got a tensor on {y.device}")
         if y.dtype is torch.float64:
-            raise RuntimeError("backend 'cpu' runs float32, bfloat16 and float16; float64 runs on 'reference' only")
+            raise RuntimeError(
+                f"backend {_forced!r} runs float32, bfloat16 and float16; float64 runs on 'reference' only"
+            )
     return _forced
 
 
 def register() -> None:
     """Put the Triton kernels behind the dispatcher for the GPUs they run on; called once at import."""
     if unavailable_reason("triton") is None:
-        for key, built in (("CUDA", torch.version.cuda or torch.version.hip), ("XPU", torch.xpu._is_compiled())):
-            if built:
+        for key, wanted in (
+            ("CUDA", _cuda.module() is None and (torch.version.cuda or torch.version.hip)),
+            ("XPU", torch.xpu._is_compiled()),
+        ):
+            if wanted:
                 ops.implement(key, triton_backend)
 
 

@@ -153,7 +153,8 @@ def router(
         parameter(op, "R", R, x)
         if R.shape != (experts, width):
             raise ValueError(
-                f"{op}: R must be [E={experts}, {width}] like the bank B and router_input={router_input!r}; got {_shape(R)}"
+                f"{op}: R must be [E={experts}, {width}] like the bank B and router_input={router_input!r}; "
+                f"got {_shape(R)}"
             )
     if token_mask is not None:
         _mask(op, "token_mask", token_mask, x.shape[:-1], x)
@@ -195,7 +196,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def _sharing(tensor: Tensor, others: tuple[tuple[str, Tensor], ...]) -> str | None:
-    """The name of the first of `others` whose byte range meets that of `tensor` (interleaved views count as meeting)."""
+    """The first of `others` whose byte range meets that of `tensor`; interleaved views count as meeting."""
     start, stop = _span(tensor)
     for name, other in others:
         first, last = _span(other)
@@ -251,7 +252,8 @@ def out_buffer(op: str, out: Tensor, y: Tensor, others: tuple[tuple[str, Tensor]
         raise RuntimeError(f"{op}: out= is for calls that autograd does not record; use torch.no_grad() or drop out=")
     if out.shape != y.shape or out.dtype is not y.dtype or out.device != y.device:
         raise ValueError(
-            f"{op}: out must be {_shape(y)} {y.dtype} on {y.device} like y; got {_shape(out)} {out.dtype} on {out.device}"
+            f"{op}: out must be {_shape(y)} {y.dtype} on {y.device} like y; "
+            f"got {_shape(out)} {out.dtype} on {out.device}"
         )
     if torch.compiler.is_compiling():
         return

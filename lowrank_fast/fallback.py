@@ -16,7 +16,6 @@ from torch import Tensor
 from . import reference as ref
 from .reference import accumulate_dtype, bank_as_matrix
 
-
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
@@ -279,7 +278,7 @@ def routed_projection_backward(
 
 
 def _mean_softmax_backward(rows: Tensor, dw: Tensor, token_mask: Tensor | None) -> Tensor:
-    """`p (dp - <p, dp>)  [S, N, E]` from `p` as `rows`, where every kept token shares `dp = dw / tokens averaged over`."""
+    """`p (dp - <p, dp>)  [S, N, E]` from `p` as `rows`, where the kept tokens share `dp = dw / tokens kept`."""
     if token_mask is None:
         dp = (dw / max(rows.shape[1], 1))[:, None, :].expand_as(rows)
     else:

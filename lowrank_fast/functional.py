@@ -28,7 +28,7 @@ __all__ = ["dropout_seed", "expand_add", "residual_add", "routed_projection", "s
 
 
 def dropout_seed(device: torch.device) -> Tensor:
-    """A fresh Philox key and stream, int64 `[2]`, from the default generator of `device` (so `torch.manual_seed` holds)."""
+    """A fresh Philox key and stream, int64 `[2]`, from the default generator of `device`: `torch.manual_seed` holds."""
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
@@ -117,12 +117,12 @@ def residual_add(
         inplace: overwrite and return `y`. Legal where autograd allows it: not on a leaf that requires grad, not on
             one of several views, not where `y` overlaps `x`, `A` or `B`.
         out: a buffer like `y` for the result, for calls that autograd does not record.
-        dropout_p: probability of zeroing an element of `x` (the rest is scaled by `1 / (1 - p)`), if `training`. The mask
-            is regenerated in backward from a counter-based generator, never stored.
+        dropout_p: probability of zeroing an element of `x` (the rest is scaled by `1 / (1 - p)`), if `training`. The
+            mask is regenerated in backward from a counter-based generator, never stored.
 
     Returns: `[.., d_out]` in the dtype of `y`.
-    Raises: ValueError (shapes, devices), TypeError (dtypes), RuntimeError (memory or autograd forbids it; a backend that is
-        not available), all before any memory is touched.
+    Raises: ValueError (shapes, devices), TypeError (dtypes), RuntimeError (memory or autograd forbids it; a backend
+        that is not available), all before any memory is touched.
 
     Source: arXiv 2503.00572 (LoR2C), equation of the residual branch.
     """
@@ -157,7 +157,7 @@ def residual_add(
 class _Shrink(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None, backend: str) -> Tensor:
-        need_x, need_A = ctx.needs_input_grad[:2]
+        need_A = ctx.needs_input_grad[1]
         ctx.save_for_backward(x if need_A else None, A, seed)
         ctx.settings = (dropout_p, x.dtype, backend)
         return backends.namespace(backend).shrink(x, A, dropout_p, seed)
@@ -326,8 +326,8 @@ def routed_projection(
     Args:
         y, x, A, scale, inplace, dropout_p, training: as in `residual_add`.
         B: bank of up projections `[E, d_out, r]`, any strides (a transposed view is not copied).
-        R: router, `[E, r]` with `router_input="t"` or `[E, d_in]` with `"x"` (which sees `x` without dropout). Probabilities
-            are `softmax(t R^T)` or `softmax(x R^T)`, in float32.
+        R: router, `[E, r]` with `router_input="t"` or `[E, d_in]` with `"x"` (which sees `x` without dropout).
+            Probabilities are `softmax(t R^T)` or `softmax(x R^T)`, in float32.
         routing: "batch": weights are the mean of the probabilities over all tokens (Lily as published: the output of a
             token depends on its batch); "sample": the mean over each index of the first dimension (x needs >= 3
             dimensions); "token": each token its own (causal, independent of the batch); "static": `weights [E]`.

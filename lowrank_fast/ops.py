@@ -31,7 +31,9 @@ _ROUTED = (
 )
 
 SCHEMAS = {
-    "residual_add": f"(Tensor y, Tensor x, Tensor A, Tensor B, float scale, {_DROPOUT}, bool save_t) -> (Tensor, Tensor)",
+    "residual_add": (
+        f"(Tensor y, Tensor x, Tensor A, Tensor B, float scale, {_DROPOUT}, bool save_t) -> (Tensor, Tensor)"
+    ),
     "residual_add_": f"(Tensor(a!) y, Tensor x, Tensor A, Tensor B, float scale, {_DROPOUT}, bool save_t) -> Tensor",
     "residual_add_out": (
         f"(Tensor y, Tensor x, Tensor A, Tensor B, float scale, {_DROPOUT}, bool save_t, *, Tensor(a!) out) -> Tensor"
@@ -51,7 +53,9 @@ SCHEMAS = {
     ),
     "expand_add": "(Tensor y, Tensor t, Tensor B, float scale) -> Tensor",
     "expand_add_": "(Tensor(a!) y, Tensor t, Tensor B, float scale) -> ()",
-    "expand_add_backward": "(Tensor g, Tensor t, Tensor B, float scale, bool need_dt, bool need_dB) -> (Tensor, Tensor)",
+    "expand_add_backward": (
+        "(Tensor g, Tensor t, Tensor B, float scale, bool need_dt, bool need_dB) -> (Tensor, Tensor)"
+    ),
     "routed_projection": f"(Tensor y, {_ROUTED}) -> (Tensor, Tensor, Tensor, Tensor)",
     "routed_projection_": f"(Tensor(a!) y, {_ROUTED}) -> (Tensor, Tensor, Tensor)",
     "routed_projection_backward": (

@@ -128,7 +128,7 @@ def by_sample(x: Tensor, routing: str) -> Tensor:
 
 
 def mean_over_tokens(p: Tensor, routing: str, token_mask: Tensor | None) -> Tensor:
-    """Mean of the probabilities `p [.., E]` over the tokens that `token_mask` keeps: `[E]` (batch) or `[S, E]` (sample).
+    """Mean of the probabilities `p [.., E]` over the tokens `token_mask` keeps: `[E]` (batch) or `[S, E]` (sample).
 
     A sample (or a batch) whose every token is masked gets weights of zero.
     """
