@@ -1,0 +1,127 @@
+"""Several adapters that read the same tensor: one shrink with concatenated rows, one `dx`.
+
+q, k and v read one `x`; gate and up another. Each adapter alone reads `x` [T, d_in] in its forward, reads it again in
+its backward and produces a `dx` of its own, which autograd then adds up. `SharedInput` computes
+
+    t = x [A_1; A_2; ...]^T          one read of x forward; one read of x and one dx backward
+
+when the first member is called, and hands each member its columns. For n members that saves n - 1 reads of `x` in each
+direction, n - 1 writes of `dx` and n - 1 additions of `[T, d_in]` tensors. Rows that several members share (EffiLoRA's
+one `A`) are computed once.
+
+Members recognise the shared input by identity of the tensor object, its version and the grad mode. If they turn out to
+read different tensors (cross attention) the group dissolves for good, at the price of one wasted shrink.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import functional as F
+from .inplace import dtype_for
+
+# Names of sibling layers that read one tensor in the models at hand.
+SIBLINGS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("to_q", "to_k", "to_v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+
+
+def sibling_groups(names: Sequence[str]) -> list[list[str]]:
+    """Those of the dotted module `names` that share an input by naming convention, in groups of two or more."""
+    by_parent: dict[str, dict[str, str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        by_parent.setdefault(parent, {})[leaf] = name
+    groups = []
+    for children in by_parent.values():
+        for siblings in SIBLINGS:
+            found = [children[leaf] for leaf in siblings if leaf in children]
+            if len(found) > 1:
+                groups.append(found)
+    return groups
+
+
+def layer_index(name: str) -> int | None:
+    """The first number among the parts of a dotted module name: the layer it belongs to."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(found.group(1)) if found else None
+
+
+def _identity(block: Tensor) -> tuple[object, ...]:
+    """Equal for two tensors that are the same numbers with the same claim to a gradient."""
+    return block.data_ptr(), tuple(block.shape), block.stride(), block.requires_grad
+
+
+class SharedInput:
+    """The common shrink of several members, numbered from 0 in the order in which they are called.
+
+    Args:
+        rows: for each member, a callable that returns its row blocks `[r_i, d_in]`; members may return the same tensor.
+            It is told whether dropout is on: rows that must see `x` without it are left out then.
+    """
+
+    def __init__(self, rows: Sequence[Callable[[bool], list[Tensor]]]) -> None:
+        self._rows = list(rows)
+        self._input: weakref.ref[Tensor] | None = None
+        self._key: tuple[object, ...] = ()
+        self._parts: dict[int, list[Tensor]] = {}
+        self.dissolved = False
+
+    def __deepcopy__(self, memo: dict[int, object]) -> SharedInput:
+        # Members hold the group and the group holds them: known to `memo` before they are copied.
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin._rows, twin._input, twin._parts = copy.deepcopy(self._rows, memo), None, {}
+        return twin
+
+    def take(
+        self, member: int, x: Tensor, like: Tensor, dropout_p: float = 0.0, training: bool = False
+    ) -> list[Tensor] | None:
+        """The columns `x rows^T  [.., r_i]` of a member, one tensor per row block; None if it must do its own shrink.
+
+        `like` is the stream, whose dtype decides that of the product. One dropout mask serves the whole group.
+        """
+        if self.dissolved or torch.compiler.is_compiling():
+            return None
+        key = (0 if x.is_inference() else x._version, torch.is_grad_enabled(), like.dtype, training, dropout_p)
+        same = self._input is not None and self._input() is x and key == self._key
+        if same and member in self._parts:
+            parts = self._parts.pop(member)
+            if not self._parts:
+                self._input = None
+            return parts
+        if self._parts and member != 0:  # called with something else than the first member was
+            self.dissolved, self._parts, self._input = True, {}, None
+            return None
+        if member != 0:
+            return None
+        return self._compute(x, like, key, dropout_p, training)
+
+    def _compute(
+        self, x: Tensor, like: Tensor, key: tuple[object, ...], dropout_p: float, training: bool
+    ) -> list[Tensor] | None:
+        wanted = [rows(training and dropout_p > 0.0) for rows in self._rows]
+        unique = {_identity(block): block for blocks in wanted for block in blocks}
+        if len({block.dtype for block in unique.values()}) > 1:
+            self.dissolved = True
+            return None
+        blocks = [dtype_for(block, like) for block in unique.values()]
+        stacked = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        t = F.shrink(x.to(like.dtype), stacked, dropout_p=dropout_p, training=training)
+        columns = dict(zip(unique, t.split([block.shape[0] for block in blocks], -1), strict=True))
+        self._parts = {i: [columns[_identity(block)] for block in blocks] for i, blocks in enumerate(wanted) if i}
+        self._input, self._key = weakref.ref(x), key
+        return [columns[_identity(block)] for block in wanted[0]]

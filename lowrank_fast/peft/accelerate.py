@@ -1,0 +1,202 @@
+"""Routing the LoRA and Lily layers of an existing PEFT model through the fused operations.
+
+    report = accelerate_adapters(model); print(report)
+    restore_adapters(model)
+
+Only the `forward` of each layer instance is replaced: parameters, names, checkpoints, merging and switching stay
+PEFT's. A call that the fused path does not cover (merged, disabled, `adapter_names=`) goes to PEFT's own forward.
+PEFT copies the activations to float32 where adapters are float32 beside a 16-bit model; here the kernels convert in
+registers.
+
+Dropout masks come from a counter-based generator: the same distribution as nn.Dropout, other bits.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from peft.tuners.lily.layer import Linear as PeftLilyLinear
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..nn.residual import residual_update
+from ..nn.routed import routed_update, update_from_hidden
+from ..nn.shared_input import SharedInput, sibling_groups
+from .layer import FastLinear
+from .lor2c import LoR2CLayer
+
+_MARK = "_lowrank_fast_group"
+
+
+@dataclass(frozen=True)
+class AccelerationReport:
+    """Which layers were taken, and which not and why."""
+
+    taken: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    shared_inputs: int = 0
+
+    def __str__(self) -> str:
+        lines = [f"accelerated {len(self.taken)} adapter layers; {self.shared_inputs} groups share one input"]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.refused.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            lines.append(f"left {len(names)} as they are: {reason} ({shown})")
+        return "\n".join(lines)
+
+
+def _refusal(layer: Any) -> str | None:
+    """Why a tuner layer cannot be taken; None when it can."""
+    if type(layer) is PeftLilyLinear:
+        return None
+    if type(layer) is not PeftLoraLinear:
+        return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no fused form here"
+    if layer.lora_variant:
+        return f"it uses {type(next(iter(layer.lora_variant.values()))).__name__} (DoRA and other variants)"
+    if any(layer.lora_bias.values()):
+        return "its lora_B has a bias"
+    return None
+
+
+def _plain_call(layer: Any, kwargs: dict[str, Any]) -> bool:
+    return not (layer.disable_adapters or layer.merged or kwargs.get("adapter_names") is not None)
+
+
+def _dropout(layer: Any, adapter: str) -> float:
+    module = layer.lora_dropout[adapter]
+    return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
+
+
+def _lora_rows(layer: Any, with_dropout: bool) -> list[Tensor]:
+    return [layer.lora_A[layer.active_adapters[0]].weight]
+
+
+def _lily_rows(layer: Any, with_dropout: bool) -> list[Tensor]:
+    return [layer.lily_A[layer.active_adapters[0]].weight]
+
+
+def _shared(layer: Any, adapters: Any, dropout_p: float, y: Tensor, x: Tensor) -> list[Tensor] | None:
+    """The fused shrink. Not with dropout: PEFT draws one mask per layer, a group would draw one for all."""
+    found = getattr(layer, _MARK)
+    if found is None or len(layer.active_adapters) != 1 or dropout_p > 0.0:
+        return None
+    group, member = found
+    if member == 0 and any(layer.active_adapters[0] not in getattr(m, adapters) for m in group.layers):
+        return None
+    return group.take(member, x, y)
+
+
+def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if not _plain_call(self, kwargs):
+        return type(self).forward(self, x, *args, **kwargs)
+    self._check_forward_args(x, *args, **kwargs)
+    kwargs.pop("adapter_names", None)
+    y = self.base_layer(x, *args, **kwargs)
+    for adapter in self.active_adapters:
+        if adapter not in self.lora_A:
+            continue
+        dropout_p = _dropout(self, adapter)
+        parts = _shared(self, "lora_A", dropout_p, y, x)
+        up, scale = self.lora_B[adapter].weight, self.scaling[adapter]
+        if parts is not None:
+            y = update_from_hidden(y, x, parts[0], up[None], None, scale)
+        else:
+            down = self.lora_A[adapter].weight
+            y = residual_update(y, x, down, up, scale, dropout_p=dropout_p, training=dropout_p > 0.0)
+    return y
+
+
+def _lily_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if not _plain_call(self, kwargs):
+        return type(self).forward(self, x, *args, **kwargs)
+    y = self.base_layer(x, *args, **kwargs)
+    for adapter in self.active_adapters:
+        if adapter not in self.lily_A:
+            continue
+        stacked = self.lily_B[adapter].weight
+        bank = stacked.view(self.num_B[adapter], -1, stacked.shape[1]).transpose(1, 2)  # [E, d_out, r], no copy
+        router, scale = self.lily_router[adapter].weight, self.scaling[adapter]
+        parts = _shared(self, "lily_A", 0.0, y, x)
+        if parts is not None:
+            y = update_from_hidden(y, x, parts[0], bank, router, scale, routing="batch")
+        else:
+            y = routed_update(y, x, self.lily_A[adapter].weight, bank, router, scale, routing="batch")
+    return y
+
+
+def accelerate_adapters(model: nn.Module, *, fuse_inputs: bool = True, verbose: bool = True) -> AccelerationReport:
+    """Route the LoRA and Lily layers of `model` through the fused operations; `restore_adapters` undoes it.
+
+    Args:
+        model: a PEFT model, or any model with PEFT's layers in it.
+        fuse_inputs: one shrink for layers that read the same tensor (q, k, v; gate, up).
+        verbose: print the report.
+
+    Returns: which layers were taken, and which not and why. Calling it twice changes nothing.
+    """
+    taken: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, (FastLinear, LoR2CLayer)):
+            continue
+        reason = _refusal(layer)
+        if reason is not None:
+            refused[name] = reason
+            continue
+        taken[name] = layer
+        object.__setattr__(layer, _MARK, None)
+        forward = _lily_forward if type(layer) is PeftLilyLinear else _lora_forward
+        object.__setattr__(layer, "forward", types.MethodType(forward, layer))
+    groups = _group(taken) if fuse_inputs else 0
+    report = AccelerationReport(list(taken), refused, groups)
+    if verbose:
+        print(report)
+    return report
+
+
+class _Group(SharedInput):
+    """A `SharedInput` that knows its layers."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        rows = [partial(_lily_rows if type(m) is PeftLilyLinear else _lora_rows, m) for m in layers]
+        super().__init__(rows)
+        self.layers = layers
+
+    def __deepcopy__(self, memo: dict[int, object]) -> SharedInput:
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, _Group)
+        twin.layers = copy.deepcopy(self.layers, memo)
+        return twin
+
+
+def _group(taken: dict[str, Any]) -> int:
+    count = 0
+    for names in sibling_groups(list(taken)):
+        members = [taken[name] for name in names]
+        if len({type(m) for m in members}) == 1 and len({m.in_features for m in members}) == 1:
+            group = _Group(members)
+            count += 1
+            for i, member in enumerate(members):
+                object.__setattr__(member, _MARK, (group, i))
+    return count
+
+
+def restore_adapters(model: nn.Module) -> int:
+    """Give the layers that `accelerate_adapters` took their own forward back; returns how many."""
+    count = 0
+    for layer in model.modules():
+        if _MARK in layer.__dict__:
+            object.__delattr__(layer, _MARK)
+            object.__delattr__(layer, "forward")
+            count += 1
+    return count
+
+
+__all__ = ["AccelerationReport", "accelerate_adapters", "restore_adapters"]

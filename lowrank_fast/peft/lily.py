@@ -1,0 +1,199 @@
+"""Lily (arXiv 2407.09946) as a PEFT tuner, on the fused routed projection.
+
+    y = W x + s * sum_e w_e B_e A x,   p = softmax(R A x),   w = p per token, or its mean over tokens
+
+Tensors have the names and layouts of PEFT's own Lily (`lily_A` [r, d_in], `lily_B` [E r, d_out], `lily_router` [E,
+r]), so that its files load: see `LilyConfig.from_peft`. `lily_static` [E], if present, replaces the router: see
+`calibrate`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+
+from ..methods.calibration import WeightRecorder
+from ..nn.routed import routed_update, update_from_hidden
+from ..nn.weights import Bank, Down, uniform_
+from .config import LilyConfig
+from .layer import FastLinear, is_linear
+from .tuner import PREFIX, FastTuner, PaddingMask, read_header
+
+
+class LilyLayer(FastLinear):
+    """One adapted linear layer."""
+
+    adapter_layer_names = ("lily_A", "lily_B", "lily_router")
+    other_param_names = (*FastLinear.other_param_names, "num_B", "routing", "use_mask", "lily_static")
+
+    def __init__(self, base_layer: nn.Module, padding: PaddingMask) -> None:
+        super().__init__(base_layer, padding)
+        self.num_B: dict[str, int] = {}
+        self.routing: dict[str, str] = {}
+        self.use_mask: dict[str, bool] = {}
+        self.lily_A: Any = nn.ModuleDict({})
+        self.lily_B: Any = nn.ModuleDict({})
+        self.lily_router: Any = nn.ModuleDict({})
+        self.lily_static: Any = BufferDict({}, persistent=True)
+        self.recorder: WeightRecorder | None = None
+
+    def add(self, adapter: str, config: LilyConfig, down: Down | None, bank: Bank | None) -> None:
+        """Take a new adapter, with the tensors it shares; None makes new ones."""
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        kind = dtype if dtype is not None and dtype.is_floating_point else None
+        where: dict[str, Any] = {"device": device, "dtype": kind}
+        self.r[adapter], self.scaling[adapter] = config.r, config.scaling
+        self.num_B[adapter], self.routing[adapter] = config.num_B, config.routing
+        self.dropout[adapter], self.use_mask[adapter] = config.lora_dropout, config.use_attention_mask
+        self.lily_A[adapter] = Down(self.in_features, config.r, **where) if down is None else down
+        if bank is None:
+            bank = Bank(config.num_B, config.r, self.out_features, stacked=True, **where)
+            if not config.init_weights:
+                uniform_(bank.weight)
+        self.lily_B[adapter] = bank
+        self.lily_router[adapter] = Down(config.r, config.num_B, **where)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def rows(self, adapter: str, with_dropout: bool) -> list[Tensor]:
+        return [self.lily_A[adapter].weight]
+
+    def _update(self, adapter: str, y: Tensor, x: Tensor) -> Tensor:
+        bank, router = self.lily_B[adapter].bank, self.lily_router[adapter].weight
+        routing = self.routing[adapter]
+        static = self.lily_static[adapter] if adapter in self.lily_static else None  # noqa: SIM401  (no get)
+        mask = self.padding.tokens(x) if self.use_mask[adapter] and routing != "token" else None
+        if self.recorder is not None:
+            self.recorder.record(self, x, self.lily_A[adapter].weight, router, self.padding.tokens(x))
+        parts = None if routing == "sample" and static is None else self.shared(adapter, y, x)
+        if parts is not None:
+            return update_from_hidden(
+                y, x, parts[0], bank, None if static is not None else router, self.scaling[adapter],
+                routing=routing, weights=static, token_mask=mask,
+            )  # fmt: skip
+        if static is not None:
+            routing, router = "static", None
+        return routed_update(
+            y, x, self.lily_A[adapter].weight, bank, router, self.scaling[adapter], routing=routing, weights=static,
+            token_mask=mask, dropout_p=self.dropout[adapter], training=self.training,
+        )  # fmt: skip
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
+        if adapter not in self.lily_static:
+            raise RuntimeError(
+                f"Lily adapter {adapter!r} routes by its input, so it is no fixed matrix: run "
+                "lowrank_fast.peft.calibrate(model, batches) first"
+            )
+        bank = self.lily_B[adapter].bank
+        mixed = torch.tensordot(self.lily_static[adapter].to(bank.dtype), bank, dims=1)
+        return self.lily_A[adapter].weight, mixed, self.scaling[adapter]
+
+
+class LilyModel(FastTuner):
+    """The tuner of `LilyConfig`."""
+
+    prefix = "lily_"
+    tuner_layer_cls = LilyLayer
+    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
+
+    def _check_config(self, config: Any, model: nn.Module) -> None:
+        super()._check_config(config, model)
+        if not hasattr(self, "padding"):
+            self.padding = PaddingMask()
+            if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+                self.padding_handle = model.register_forward_pre_hook(self.padding.hook, with_kwargs=True)
+        config._shared = {}
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, LilyLayer):
+            layer = target
+        elif is_linear(target):
+            layer = LilyLayer(target, self.padding)
+        else:
+            raise ValueError(f"Lily adapts linear layers; {current_key} is a {type(target).__name__}")
+        key = (
+            group_key(peft_config.target_modules, current_key, peft_config.grouping),
+            layer.out_features,
+            layer.in_features,
+        )
+        members: list[LilyLayer] = peft_config._shared.setdefault(key, [])
+        leader = (len(members) // peft_config.stride_A) * peft_config.stride_A
+        down = members[leader].lily_A[adapter_name] if leader < len(members) else None
+        bank = members[0].lily_B[adapter_name] if members else None
+        layer.add(adapter_name, peft_config, down, bank)
+        members.append(layer)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _roll_back(self, model: nn.Module, adapter_name: str) -> None:
+        super()._roll_back(model, adapter_name)
+        if not any(self._layers(model)):
+            self._drop_padding_hook()
+
+    def _drop_padding_hook(self) -> None:
+        if hasattr(self, "padding_handle"):
+            self.padding_handle.remove()
+
+    def unload(self) -> nn.Module:
+        """The model without adapters."""
+        self._drop_padding_hook()
+        return super().unload()
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The model with the (calibrated) adapter in its weights."""
+        merged = super().merge_and_unload(*args, **kwargs)
+        self._drop_padding_hook()
+        return merged
+
+    def _after_injection(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        del config._shared
+        if config.fuse_inputs:
+            self._fuse(model, adapter_name)
+
+    @classmethod
+    def _prepare_load(cls, model: nn.Module, adapter_name: str, keys: list[str]) -> None:
+        static = {key.rpartition(".lily_static")[0] for key in keys if key.endswith(".lily_static")}
+        for name, layer in cls._layers(model):
+            bare = name.removeprefix(PREFIX)
+            if bare in static and adapter_name not in layer.lily_static:
+                device = layer.lily_A[adapter_name].weight.device
+                layer.lily_static[adapter_name] = torch.zeros(layer.num_B[adapter_name], device=device)
+            elif bare not in static and adapter_name in layer.lily_static:
+                del layer.lily_static[adapter_name]
+
+    def _check_file(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        path = getattr(config, "_tensors", None)
+        if path is not None:
+            self._prepare_load(model, adapter_name, [key.removeprefix(PREFIX) for key in read_header(path)])
+        super()._check_file(model, config, adapter_name)
+
+
+def group_key(targets: set[str] | list[str] | str | None, name: str, grouping: str = "target") -> str:
+    """What the module `name` shares its bank by (together with its shape), given `target_modules`.
+
+    "target": the longest target name that matches at a dot; for a regex, or a target that is one layer's full name, the
+    module's own name without its numbers. "peft": the regex itself, or the longest target that `name` ends with.
+    """
+    if grouping == "peft":
+        return targets if isinstance(targets, str) else max((t for t in targets or () if name.endswith(t)), key=len)
+    if not isinstance(targets, str):
+        matching = [t for t in targets or () if name == t or name.endswith("." + t)]
+        longest = max(matching, key=len, default=name)
+        if not re.search(r"(^|\.)\d+\.", longest):
+            return longest
+    return re.sub(r"(^|\.)\d+(?=\.|$)", "", name)

@@ -1,0 +1,1 @@
+"""The PEFT adapters, on tiny real architectures."""

@@ -1,0 +1,239 @@
+"""Accelerating PEFT's own LoRA and Lily layers: same numbers, same parameters and files, reversible, fewer passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowrank_fast.peft import LoR2CConfig, accelerate_adapters, restore_adapters
+
+from . import tiny
+from .conftest import TARGETS
+from .test_lily import CALLS, _flat, relative, step_of
+
+
+def lora(architecture: str = "llama", dropout: float = 0.0, targets: Any = None, **fields: Any) -> Any:
+    config = LoraConfig(
+        **{
+            "r": 4,
+            "lora_alpha": 8,
+            "lora_dropout": dropout,
+            "target_modules": targets or TARGETS[architecture],
+            **fields,
+        }
+    )
+    model = get_peft_model(tiny.model(architecture), config)
+    tiny.perturb(model)
+    return model.eval()
+
+
+def lily(**fields: Any) -> Any:
+    config = peft.LilyConfig(**{"r": 4, "num_B": 3, "stride_A": 3, "scaling": 2.0, "target_modules": CALLS, **fields})
+    model = get_peft_model(tiny.model("llama"), config)
+    tiny.perturb(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("fuse", [True, False])
+def test_lora_keeps_its_forward_gradients_and_adamw_step(architecture: str, fuse: bool) -> None:
+    batch = tiny.batch(architecture)
+    expected = step_of(lora(architecture), batch)
+    model = lora(architecture)
+    accelerate_adapters(model, fuse_inputs=fuse, verbose=False)
+    found = step_of(model, batch)
+    assert relative(found[0], expected[0]) < 1e-6
+    assert relative(_flat(found[1]), _flat(expected[1])) < 1e-6
+    assert relative(found[2], expected[2]) < 1e-6
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_lily_keeps_its_forward_gradients_and_adamw_step(fuse: bool) -> None:
+    batch = tiny.batch("llama")
+    expected = step_of(lily(), batch)
+    model = lily()
+    accelerate_adapters(model, fuse_inputs=fuse, verbose=False)
+    found = step_of(model, batch)
+    assert relative(found[0], expected[0]) < 1e-6
+    assert relative(_flat(found[1]), _flat(expected[1])) < 1e-6
+    assert relative(found[2], expected[2]) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_hundred_steps_give_the_same_loss_curve() -> None:
+    curves = []
+    for fast in (True, False):
+        model = lora(targets=CALLS)
+        if fast:
+            accelerate_adapters(model, verbose=False)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        curves.append([])
+        for i in range(100):
+            loss = model(**tiny.batch("llama", seed=i % 8)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curves[-1].append(float(loss.detach()))
+    assert curves[0][-1] < curves[0][0] - 0.1
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_it_is_reversible_and_repeatable_to_the_bit() -> None:
+    model, batch = lora(), tiny.batch("llama")
+    before = model(**batch).logits
+    accelerate_adapters(model, verbose=False)
+    fast = model(**batch).logits
+    assert len(accelerate_adapters(model, verbose=False).taken) == 16
+    assert torch.equal(model(**batch).logits, fast)
+    assert restore_adapters(model) == 16
+    assert restore_adapters(model) == 0
+    assert torch.equal(model(**batch).logits, before)
+
+
+def test_parameters_names_and_files_stay_pefts(tmp_path: Path) -> None:
+    model, batch = lora(), tiny.batch("llama")
+    names = [(n, p.data_ptr()) for n, p in model.named_parameters()]
+    model.save_pretrained(tmp_path / "before")
+    accelerate_adapters(model, verbose=False)
+    assert [(n, p.data_ptr()) for n, p in model.named_parameters()] == names
+    model.save_pretrained(tmp_path / "after")
+    a, b = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("before", "after"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    back = PeftModel.from_pretrained(tiny.model("llama"), tmp_path / "after")
+    assert relative(model(**batch).logits, back(**batch).logits) < 1e-6
+
+
+def test_merging_disabling_and_switching_still_work() -> None:
+    model, batch = lora(), tiny.batch("llama")
+    base = tiny.model("llama")(**batch).logits
+    model.add_adapter("second", LoraConfig(r=2, target_modules=TARGETS["llama"][:2]))
+    accelerate_adapters(model, verbose=False)
+    first = model(**batch).logits
+    with model.disable_adapter():
+        assert torch.equal(model(**batch).logits, base)
+    model.set_adapter("second")
+    tiny.perturb(model, seed=8)
+    second = model(**batch).logits
+    restore_adapters(model)
+    assert relative(second, model(**batch).logits) < 1e-6
+    accelerate_adapters(model, verbose=False)
+    model.set_adapter("default")
+    assert torch.equal(model(**batch).logits, first)
+    model.merge_adapter()
+    assert relative(model(**batch).logits, first) < 1e-6
+    model.unmerge_adapter()
+    assert relative(model(**batch).logits, first) < 1e-6
+    mixed = model(**batch, adapter_names=["default", "second", "__base__"]).logits
+    assert relative(mixed[2], base[2]) < 1e-6
+
+
+def test_dropout_has_the_same_distribution_and_is_off_in_eval() -> None:
+    model, batch = lora(dropout=0.3), tiny.batch("llama")
+    plain = model(**batch).logits
+    accelerate_adapters(model, verbose=False)
+    assert relative(model(**batch).logits, plain) < 1e-6
+    model.train()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(1, 3, tiny.HIDDEN, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    samples = torch.stack([layer(x) for _ in range(600)])
+    restore_adapters(model)
+    layer.eval()
+    expected = layer(x)
+    error = (samples.mean(0) - expected) / (samples.std(0) / 600**0.5)
+    assert float(samples.std(0).min()) > 0
+    assert float(error.abs().max()) < 5
+
+
+def test_what_is_not_taken_is_named_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    model = get_peft_model(tiny.model("llama"), LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "v_proj"]))
+    report = accelerate_adapters(model)
+    assert not report.taken
+    assert len(report.refused) == 8
+    assert "DoRA" in capsys.readouterr().out
+    biased = get_peft_model(tiny.model("bert"), LoraConfig(r=4, lora_bias=True, target_modules=["query"]))
+    assert "lora_B has a bias" in str(accelerate_adapters(biased, verbose=False))
+    embedding = get_peft_model(tiny.model("llama"), LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]))
+    mixed = accelerate_adapters(embedding, verbose=False)
+    assert len(mixed.taken) == 4
+    assert "lora.layer.Embedding has no fused form" in str(mixed)
+    other = get_peft_model(tiny.model("llama"), peft.LoHaConfig(r=4, target_modules=["q_proj"]))
+    assert "loha.layer.Linear has no fused form" in str(accelerate_adapters(other, verbose=False))
+    ours = get_peft_model(tiny.model("llama"), LoR2CConfig(r=4))
+    assert accelerate_adapters(ours, verbose=False).refused == {}
+
+
+def test_activations_are_not_copied_to_fp32() -> None:
+    base = tiny.model("llama").to(torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=CALLS))
+    accelerate_adapters(model, verbose=False)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.lora_A["default"].weight.dtype is torch.float32
+    x = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        layer(x)
+    assert not [t for t in kept if t.dtype is torch.float32 and t.numel() >= x.numel()]
+    restore_adapters(model)
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        layer(x)
+    assert [t for t in kept if t.dtype is torch.float32 and t.numel() >= x.numel()], "PEFT itself does copy"
+
+
+# ------------------------------------------------------------------------------------------------ shared inputs
+
+
+class Calls(TorchDispatchMode):
+    """Counts our ops, and additions of activation-sized tensors."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.ops, self.additions = size, {}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name.startswith("lowrank_fast::"):
+            self.ops[name[14:]] = self.ops.get(name[14:], 0) + 1
+        if name in ("aten::add", "aten::add_") and isinstance(out, torch.Tensor) and out.numel() == self.size:
+            self.additions += 1
+        return out
+
+
+@pytest.mark.parametrize("kind", ["lora", "lily"])
+def test_q_k_v_share_one_shrink_and_one_dx(kind: str) -> None:
+    x = torch.randn(2, 40, tiny.HIDDEN, requires_grad=True)
+    counts = {}
+    for fuse in (True, False):
+        model = lora(targets=["q_proj", "k_proj", "v_proj"]) if kind == "lora" else lily(target_modules=CALLS[:3])
+        accelerate_adapters(model, fuse_inputs=fuse, verbose=False)
+        attention = model.base_model.model.model.layers[0].self_attn
+        with Calls(x.numel()) as calls:
+            sum(p(x).square().sum() for p in (attention.q_proj, attention.k_proj, attention.v_proj)).backward()
+        counts[fuse] = calls
+    single = {op: n for op, n in counts[False].ops.items() if "backward" in op}
+    assert sum(single.values()) == 3, "apart: three backwards, each reads x and writes a dx"
+    assert counts[True].ops["shrink"] == counts[True].ops["shrink_backward"] == 1
+    assert counts[False].additions - counts[True].additions >= 2, "two additions of [T, d] tensors are saved"
+
+
+def test_members_that_read_different_tensors_dissolve_their_group_and_stay_right() -> None:
+    model = lora(targets=["q_proj", "k_proj", "v_proj"])
+    attention = model.base_model.model.model.layers[0].self_attn
+    x, memory = torch.randn(2, 5, tiny.HIDDEN), torch.randn(2, 9, tiny.HIDDEN)
+    expected = [attention.q_proj(x), attention.k_proj(memory), attention.v_proj(memory)]
+    accelerate_adapters(model, verbose=False)
+    for _ in range(2):
+        found = [attention.q_proj(x), attention.k_proj(memory), attention.v_proj(memory)]
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+    x.add_(1.0)  # the same object, another value
+    assert torch.allclose(attention.q_proj(x), type(attention.q_proj).forward(attention.q_proj, x), atol=1e-6)
