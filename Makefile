@@ -18,10 +18,10 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 BUILT := build/.built
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
-FORMATTED := $(NATIVE) $(wildcard csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
+FORMATTED := $(NATIVE) $(wildcard csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh tests/simt/*.cpp tests/simt/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-slow lint format verify bench clean distclean
+.PHONY: help setup build test test-slow lint format verify bench gpu clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ verify: build ## every op, backend, dtype and gradient mask against float64 math
 
 bench: build ## measure against eager PyTorch, torch.compile and PEFT; writes bench/results
 	$(BIN)/lowrank-fast bench $(BENCH_ARGS)
+
+gpu: ## on a machine with a GPU: build, test, verify and measure there; leaves one folder of results
+	bench/gpu/run.sh
 
 clean: ## remove what was built
 	rm -rf build dist *.egg-info lowrank_fast/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

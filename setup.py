@@ -6,6 +6,8 @@ Each native part is one extension with a variable of its own, so that the absenc
     LOWRANK_FAST_BUILD=1     build, and fail loudly when that is impossible
     LOWRANK_FAST_BUILD=0     build nothing: a pure Python package, whose ops run the PyTorch expressions
 
+LOWRANK_FAST_BUILD_CUDA says the same of the CUDA kernels, which need nvcc and a CUDA build of torch.
+
 torch is imported only by the commands that compile. Objects are kept in build/, keyed by what they were compiled
 against, so that a second build, editable or not, compiles only what changed. MAX_JOBS limits the parallel compilers.
 """
@@ -19,7 +21,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,29 @@ def cpu_extension() -> Extension:
     )
 
 
-PARTS = (Part("C++ CPU kernels", "LOWRANK_FAST_BUILD", cpu_obstacle, cpu_extension),)
+# ------------------------------------------------------------------------------------------------ the CUDA kernels
+
+
+def cuda_build() -> Any:
+    """`lowrank_fast/cuda_build.py` by its path: importing the package would need torch and what is being built."""
+    name = "lowrank_fast_cuda_build"
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, ROOT / "lowrank_fast" / "cuda_build.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+PARTS = (
+    Part("C++ CPU kernels", "LOWRANK_FAST_BUILD", cpu_obstacle, cpu_extension),
+    Part(
+        "CUDA kernels",
+        "LOWRANK_FAST_BUILD_CUDA",
+        lambda: cuda_build().obstacle(),
+        lambda: cuda_build().extension(ROOT),
+    ),
+)
 
 
 # ------------------------------------------------------------------------------------------------ building

@@ -5,9 +5,9 @@ recompiles quickly and two cores share the work; `csrc/cuda/cuda_ops.cpp` (plain
 registers the ops and picks a copy by compute capability at run time. The CUDA runtime is linked statically, so that the
 extension does not depend on which CUDA version torch was built with.
 
-Used by setup.py (`compile_kernels`, which imports neither torch nor this package), the codegen table and the tests
-(`kernel_facts`). Environment: `LOWRANK_FAST_CUDA_ARCHS`, for example "80;90a" (default: all that the compiler knows);
-`LOWRANK_FAST_NVCC`, the compiler.
+Used by setup.py, which loads this file by its path (`obstacle`, `extension`), the codegen table and the tests
+(`compile_command`, `kernel_facts`). Environment: `LOWRANK_FAST_CUDA_ARCHS`, for example "80;90a" (default: all of
+ARCHITECTURES that the compiler knows); `LOWRANK_FAST_NVCC`, the compiler.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100a")
 PTX = "100"  # newer GPUs compile this themselves; "a" architectures have no forward-compatible PTX
@@ -67,12 +68,14 @@ def compile_command(nvcc: str, arch: str, source: Path, target: Path, ptx: bool 
 def compile_kernels(source_root: Path, build: Path, jobs: int = 2) -> tuple[list[Path], list[str]]:
     """Compile `source_root/csrc/cuda/kernels.cu` for every architecture into `build`.
 
-    Returns the objects and the macros (`-DLOWRANK_TABLES=...`, `-DLOWRANK_ARCHITECTURES=...`) that the bindings need. Objects newer than every source are
-    kept. Raises RuntimeError with the compiler's words when something fails.
+    Returns the objects and the macros (`-DLOWRANK_TABLES=...`, `-DLOWRANK_ARCHITECTURES=...`) that the bindings need.
+    Objects newer than every source are kept. Raises RuntimeError with the compiler's words when something fails.
     """
     nvcc = find_nvcc()
     if nvcc is None:
-        raise RuntimeError("no nvcc: install the CUDA toolkit or the PyPI package nvidia-cuda-nvcc, or set LOWRANK_FAST_NVCC")
+        raise RuntimeError(
+            "no nvcc: install the CUDA toolkit or the PyPI package nvidia-cuda-nvcc, or set LOWRANK_FAST_NVCC"
+        )
     folder = source_root / "csrc" / "cuda"
     newest = max(path.stat().st_mtime for path in folder.iterdir())
     build.mkdir(parents=True, exist_ok=True)
@@ -107,6 +110,45 @@ def runtime_library(nvcc: str) -> Path:
         if (root / place / "libcudart_static.a").exists():
             return root / place / "libcudart_static.a"
     raise RuntimeError(f"no libcudart_static.a under {root}")
+
+
+# ------------------------------------------------------------------------------------------------ for setup.py
+
+
+def obstacle() -> str | None:
+    """Why the CUDA extension cannot be built here, in one line; None when it can."""
+    if sys.platform != "linux":
+        return "they are built on Linux only"
+    if find_nvcc() is None:
+        return "no nvcc was found (install the CUDA toolkit or nvidia-cuda-nvcc, or set LOWRANK_FAST_NVCC)"
+    try:
+        import torch
+    except ImportError:
+        return "torch is not importable in the build environment; use `pip install --no-build-isolation .`"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    return None
+
+
+def extension(root: Path) -> Any:
+    """The setuptools extension `lowrank_fast._CUDA`; compiles the kernels (one object per architecture) on the way.
+
+    The bindings are plain C++, so torch's CUDA headers and libraries are not needed, only its own.
+    """
+    from torch.utils.cpp_extension import CppExtension
+
+    objects, macros = compile_kernels(root, root / "build" / "cuda", jobs=int(os.environ.get("MAX_JOBS", "2")))
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    return CppExtension(
+        "lowrank_fast._CUDA",
+        ["csrc/cuda/cuda_ops.cpp", "csrc/cuda/cuda_routed_ops.cpp"],
+        include_dirs=[str(root / "csrc" / "cuda")],
+        extra_compile_args=["-O2", "-g0", *macros],
+        extra_objects=[str(path) for path in objects],
+        extra_link_args=[str(runtime_library(nvcc)), "-ldl", "-lrt", "-lpthread"],
+        depends=[f"csrc/cuda/{path.name}" for path in sorted((root / "csrc" / "cuda").glob("*.h"))],
+    )
 
 
 # ------------------------------------------------------------------------------------------------ machine code

@@ -2,14 +2,16 @@
 //
 //   u = s g B    dB = s g^T t    dA = u^T x    dx = u A
 //
-// A cluster of up to 8 blocks covers all columns: block c holds columns [c block_n, (c + 1) block_n) of g, x and dx, its slices
-// of A and B in shared memory and its slices of dA and dB in registers. Clusters walk the row tiles with a stride. Per tile of
-// 32 rows each block makes its share of u from its columns of g; a cluster barrier later every block adds the shares of all
-// in rank order, through distributed shared memory, and goes on to dA and dx. The shares are double-buffered, so one cluster
-// barrier per tile suffices: a buffer is written again only after the barrier that follows its last reading. A last barrier
-// keeps every block's shared memory alive until all have read it. dA and dB leave as one partial per cluster.
+// A cluster of up to 8 blocks covers all columns: block c holds columns [c block_n, (c + 1) block_n) of g, x and dx,
+// its slices of A and B in shared memory and its slices of dA and dB in registers. Clusters walk the row tiles with a
+// stride. Per tile of 32 rows each block makes its share of u from its columns of g; a cluster barrier later every
+// block adds the shares of all in rank order, through distributed shared memory, and goes on to dA and dx. The shares
+// are double-buffered, so one cluster barrier per tile suffices: a buffer is written again only after the barrier that
+// follows its last reading. A last barrier keeps every block's shared memory alive until all have read it. dA and dB
+// leave as one partial per cluster.
 //
-// Grid: clusters * blocks. The number of clusters depends on the shape alone, so results do not depend on the GPU's size.
+// Grid: clusters * blocks. The number of clusters depends on the shape alone, so results do not depend on the GPU's
+// size.
 #pragma once
 #include "column_pass.cuh"
 
@@ -33,8 +35,9 @@ struct ClusterParams {
 // + sums of 4 warps: 4 * 32 R floats + shares of u: 2 * 32 R floats + u: 32 (R + pad).
 //
 //   R   block_n (16-bit / fp32)  16-bit bytes                                         accumulators dA + dB, widest d
-//   16  512 / 256                49152 + 2 * 68096 + 8192 + 4096 + 1536 = 199168      32 + 32,               4096 / 2048
-//   32  256 / 128                40960 + 2 * 36352 + 16384 + 8192 + 2560 = 140800     32 + 32,               2048 / 1024
+//   16  512 / 256                49152 + 2 * 68096 + 8192 + 4096 + 1536 = 199168      32 + 32,               4096 /
+//   2048 32  256 / 128                40960 + 2 * 36352 + 16384 + 8192 + 2560 = 140800     32 + 32,               2048
+//   / 1024
 template <class E, int R>
 struct ClusterTuning {
   static constexpr int threads = 256, warps = 8, block_m = 32, stages = 2, max_blocks = 8;
@@ -142,8 +145,8 @@ cluster_backward_kernel(const ClusterParams p) {
       drop_tile<E, C::block_m, C::block_n, C::threads>(x_tile, row0, col0, rows, p.dropout);
       sync_block();
     }
-    store_tile<E, C::block_m, C::block_n, C::threads>(static_cast<E*>(p.dx) + row0 * p.dx_stride + col0, p.dx_stride, x_tile,
-                                                      rows, p.d_in - col0, p.dx_vec);
+    store_tile<E, C::block_m, C::block_n, C::threads>(static_cast<E*>(p.dx) + row0 * p.dx_stride + col0, p.dx_stride,
+                                                      x_tile, rows, p.d_in - col0, p.dx_vec);
   }
   cp_async_wait<0>();
   sync_cluster();  // nobody reads this block's shares any more

@@ -1,13 +1,16 @@
-// The column kernel: everything that needs a tensor of shape [T, cols] in backward, from one tile of it in shared memory.
+// The column kernel: everything that needs a tensor of shape [T, cols] in backward, from one tile of it in shared
+// memory.
 //
 //   pass 1 (kRows):  X = g, Z = t, W = B:   dB partial += g^T t     and   u partial = g B     (one read of g)
-//   pass 2 (kOut):   X = x, Z = u, W = A:   dA partial += x^T u     and   dx = u A            (one read of x, one write of dx)
+//   pass 2 (kOut):   X = x, Z = u, W = A:   dA partial += x^T u     and   dx = u A            (one read of x, one write
+//   of dx)
 //
-// A block owns `block_n` columns and a range of rows, which it walks in tiles of 32 rows through a ring of cp.async stages.
-// The tile X [32, block_n] feeds X^T Z through ldmatrix.trans and X W through plain ldmatrix; the accumulators of X^T Z stay in
-// registers over the whole walk. W [block_n, R] is loaded once. Sums over columns (u) and over rows (dA, dB) leave as
-// fp32 partials, [column slice, T, rank] and [row split, cols, rank], and are added in a fixed order by reduce.cuh: no atomics,
-// same bits every run. Partial traffic of u relative to one read of g: 8 rank / (block_n * element size).
+// A block owns `block_n` columns and a range of rows, which it walks in tiles of 32 rows through a ring of cp.async
+// stages. The tile X [32, block_n] feeds X^T Z through ldmatrix.trans and X W through plain ldmatrix; the accumulators
+// of X^T Z stay in registers over the whole walk. W [block_n, R] is loaded once. Sums over columns (u) and over rows
+// (dA, dB) leave as fp32 partials, [column slice, T, rank] and [row split, cols, rank], and are added in a fixed order
+// by reduce.cuh: no atomics, same bits every run. Partial traffic of u relative to one read of g: 8 rank / (block_n *
+// element size).
 //
 // Grid: (column slices, row splits, segments). A segment is a range of rows with its own W and its own sums.
 #pragma once
@@ -27,19 +30,20 @@ struct ColumnParams {
   const float* z_weights;  // [T, rank / z_rank], or null
   Factor W, W_upper;       // [rank, cols]
   int64_t W_segment_stride;
-  float* grad;      // [segments * splits, cols, rank], or null
-  float* row_sums;  // kRows: [slices, T, rank], or null
-  void* out;        // kOut: [T, cols], or null
+  float* grad;                                           // [segments * splits, cols, rank], or null
+  float* row_sums;                                       // kRows: [slices, T, rank], or null
+  void* out;                                             // kOut: [T, cols], or null
   int64_t out_stride, tokens, segment_rows, split_rows;  // split_rows: multiple of 32
   int cols, rank, z_rank, W_split, W_access;
   int x_vec, out_vec;
-  float scale;  // kOut: out = scale * Z W
+  float scale;     // kOut: out = scale * Z W
   int accumulate;  // kOut: add to out instead of replacing it
   Dropout drop_x, drop_out;
 };
 
-// 256 threads; bytes = W: block_n (R + pad) + stages * (X: 32 (block_n + pad) + Z: 32 (R + pad)) + sums of 4 warps for u:
-// 4 * 32 * R floats (kRows, R <= 32; above that u comes from the row kernel, whose second read of g costs less than partials).
+// 256 threads; bytes = W: block_n (R + pad) + stages * (X: 32 (block_n + pad) + Z: 32 (R + pad)) + sums of 4 warps for
+// u: 4 * 32 * R floats (kRows, R <= 32; above that u comes from the row kernel, whose second read of g costs less than
+// partials).
 //
 //   R    block_n (16-bit / fp32)  16-bit bytes: W + ring + sums          accumulators: X^T Z + larger of (u, out)
 //   16   256 / 128                12288 + 3 * 18432 + 8192  = 75776      16 + 16
@@ -86,21 +90,24 @@ SIMT_DEVICE void load_hidden(const ColumnParams& p, E* tile, int64_t row0, int r
   }
 }
 
-// sums [4, 32, R] <- X W by quarters of the columns: warps 0..3 and 4..7 take the two 16-row tiles. Ends with a barrier.
+// sums [4, 32, R] <- X W by quarters of the columns: warps 0..3 and 4..7 take the two 16-row tiles. Ends with a
+// barrier.
 template <class C, int R, class E>
 SIMT_DEVICE void multiply_columns(const E* x_tile, const E* w_tile, float* sums) {
   constexpr int depth = C::block_n / 4;
   const int m = warp_id() / 4, part = warp_id() % 4;
   float acc[1][R / 8][4];
   clear(acc);
-  multiply<true, false>(acc, x_tile + 16 * m * C::ld_n + part * depth, C::ld_n, w_tile + part * depth * C::ld_r, C::ld_r, depth);
+  multiply<true, false>(acc, x_tile + 16 * m * C::ld_n + part * depth, C::ld_n, w_tile + part * depth * C::ld_r,
+                        C::ld_r, depth);
   SIMT_UNROLL
-  for (int n = 0; n < R / 8; n++)
+  for (int n = 0; n < R / 8; n++) {
     SIMT_UNROLL
     for (int i = 0; i < 4; i += 2)
       store_pair(&sums[(part * C::block_m + 16 * m + fragment_row(i)) * R + 8 * n + fragment_column(i)], acc[0][n][i],
                  acc[0][n][i + 1]);
-  sync_block();
+  }
+  sync_block();  // the quarters are written
 }
 
 // The sum of the four quarters.
@@ -112,7 +119,8 @@ SIMT_DEVICE float quarter_sum(const float* sums, int i) {
 
 // row_sums [slice, rows, rank] <- X W.
 template <class E, int R, int mode>
-SIMT_DEVICE void sum_columns(const ColumnParams& p, const E* x_tile, const E* w_tile, float* sums, int64_t row0, int rows) {
+SIMT_DEVICE void sum_columns(const ColumnParams& p, const E* x_tile, const E* w_tile, float* sums, int64_t row0,
+                             int rows) {
   using C = ColumnTuning<E, R, mode>;
   multiply_columns<C, R>(x_tile, w_tile, sums);
   float* target = p.row_sums + (block_id().x * p.tokens + row0) * p.rank;
@@ -132,20 +140,23 @@ SIMT_DEVICE void multiply_hidden(E* tile, const E* z_tile, const E* w_tile, floa
     clear(acc);
     multiply<true, true>(acc, z_tile, C::ld_r, w_tile + c * C::ld_r, C::ld_r, R);
     SIMT_UNROLL
-    for (int m = 0; m < 2; m++)
+    for (int m = 0; m < 2; m++) {
       SIMT_UNROLL
-      for (int n = 0; n < 2; n++)
+      for (int n = 0; n < 2; n++) {
         SIMT_UNROLL
         for (int i = 0; i < 4; i += 2)
           store_pair(&tile[(16 * m + fragment_row(i)) * C::ld_n + c + 8 * n + fragment_column(i)], scale * acc[m][n][i],
                      scale * acc[m][n][i + 1]);
+      }
+    }
   }
-  sync_block();
+  sync_block();  // the tile is complete
 }
 
 // out <- scale * Z W, made over the x tile (which nobody needs any more) and stored 16 bytes at a time.
 template <class E, int R, int mode>
-SIMT_DEVICE void write_out(const ColumnParams& p, E* x_tile, const E* z_tile, const E* w_tile, int64_t row0, int rows, int col0) {
+SIMT_DEVICE void write_out(const ColumnParams& p, E* x_tile, const E* z_tile, const E* w_tile, int64_t row0, int rows,
+                           int col0) {
   using C = ColumnTuning<E, R, mode>;
   multiply_hidden<C, R>(x_tile, z_tile, w_tile, p.scale);
   if (p.drop_out.seed) {
@@ -169,7 +180,8 @@ SIMT_DEVICE void write_out(const ColumnParams& p, E* x_tile, const E* z_tile, co
 // acc += X^T Z: this warp's columns and ranks.
 template <class C, class E, class Acc>
 SIMT_DEVICE void multiply_rows(Acc& acc, const E* x_tile, const E* z_tile) {
-  const int column = 16 * C::grad_m * (warp_id() % C::column_groups), k = 8 * C::grad_n * (warp_id() / C::column_groups);
+  const int column = 16 * C::grad_m * (warp_id() % C::column_groups),
+            k = 8 * C::grad_n * (warp_id() / C::column_groups);
   multiply<false, false>(acc, x_tile + column, C::ld_n, z_tile + k, C::ld_r, C::block_m);
 }
 
@@ -179,14 +191,16 @@ SIMT_DEVICE void write_gradient(float* grad, const Acc& acc, int col0, int cols,
   const int column_base = col0 + 16 * C::grad_m * (warp_id() % C::column_groups);
   const int rank_base = 8 * C::grad_n * (warp_id() / C::column_groups);
   SIMT_UNROLL
-  for (int m = 0; m < C::grad_m; m++)
+  for (int m = 0; m < C::grad_m; m++) {
     SIMT_UNROLL
-    for (int n = 0; n < C::grad_n; n++)
+    for (int n = 0; n < C::grad_n; n++) {
       SIMT_UNROLL
       for (int i = 0; i < 4; i++) {
         int column = column_base + 16 * m + fragment_row(i), k = rank_base + 8 * n + fragment_column(i);
         if (column < cols && k < rank) grad[int64_t(column) * rank + k] = acc[m][n][i];
       }
+    }
+  }
 }
 
 template <class E, int R, int mode>

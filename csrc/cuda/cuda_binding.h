@@ -27,15 +27,20 @@ void launch(size_t (*KernelTable::*plan)(const Args&, void*, void*, int*), const
   const KernelTable& table = kernels_for(device);
   int error = 0;
   const auto bytes = static_cast<int64_t>((table.*plan)(args, nullptr, nullptr, &error));
-  Tensor workspace = at::empty({bytes}, like.options().dtype(at::kByte));
-  (table.*plan)(args, workspace.mutable_data_ptr(), current_stream(device), &error);
+  Tensor workspace;
+  void* base = reinterpret_cast<void*>(uintptr_t(256));  // not null, never read: this plan needs no workspace
+  if (bytes) {
+    workspace = at::empty({bytes}, like.options().dtype(at::kByte));
+    base = workspace.mutable_data_ptr();
+  }
+  (table.*plan)(args, base, current_stream(device), &error);
   TORCH_CHECK(error == 0, "lowrank_fast: CUDA launch failed: ", error_text(error));
 }
 
-// The Python fallback of an op, which ops.py registers for every backend: it is looked up under the key of a backend that has
-// no kernels of its own, so that the dispatcher does not come back here.
+// The Python fallback of an op, which ops.py registers for every backend: it is looked up under the key of a backend
+// that has no kernels of its own, so that the dispatcher does not come back here.
 template <class Result, class... Args>
-Result fallback(const char* op, Args... args) {
+Result fallback(const char* op, Args... args) {  // the types of the schema, spelled out by the caller
   const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow((std::string("lowrank_fast::") + op).c_str(), "");
   return handle.typed<Result(Args...)>().redispatch(c10::DispatchKeySet(c10::DispatchKey::PrivateUse3), args...);
 }
@@ -75,13 +80,16 @@ F factor_of(const Tensor& f, at::ScalarType like, Kind kind) {
   return result;
 }
 inline Factor factor(const Tensor& f, at::ScalarType like, Kind kind) { return factor_of<Factor>(f, like, kind); }
-inline MutableFactor target(const Tensor& f, at::ScalarType like, Kind kind) { return factor_of<MutableFactor>(f, like, kind); }
+inline MutableFactor target(const Tensor& f, at::ScalarType like, Kind kind) {
+  return factor_of<MutableFactor>(f, like, kind);
+}
 
 inline Dropout dropout_of(double p, const optional<Tensor>& seed) {
   if (p == 0.0 || !seed) return {};
   const double threshold = p * 4294967296.0;
   return {static_cast<const int64_t*>(seed->data_ptr()),
-          threshold >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(threshold), static_cast<float>(1.0 / (1.0 - p))};
+          threshold >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(threshold),
+          static_cast<float>(1.0 / (1.0 - p))};
 }
 
 inline Tensor hidden_like(const Tensor& x, int64_t width) {
@@ -91,11 +99,13 @@ inline Tensor hidden_like(const Tensor& x, int64_t width) {
 }
 inline Tensor fp32_rows(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
 inline float* floats(const Tensor& t) { return t.defined() && t.numel() ? static_cast<float*>(t.data_ptr()) : nullptr; }
-inline const bool* flags(const Tensor& t) { return t.defined() && t.numel() ? static_cast<const bool*>(t.data_ptr()) : nullptr; }
+inline const bool* flags(const Tensor& t) {
+  return t.defined() && t.numel() ? static_cast<const bool*>(t.data_ptr()) : nullptr;
+}
 inline Tensor none(const at::TensorOptions& options) { return at::empty({0}, options); }
 
-// Whether the kernels take a call: float32, bfloat16 or float16, `rank` (of the widest factor) within the templates, no empty
-// dimension. Everything else is the fallback's.
+// Whether the kernels take a call: float32, bfloat16 or float16, `rank` (of the widest factor) within the templates, no
+// empty dimension. Everything else is the fallback's.
 inline bool fits(at::ScalarType type, int64_t tokens, std::initializer_list<int64_t> dims, int64_t rank) {
   for (int64_t d : dims)
     if (d <= 0 || d >= (int64_t(1) << 31)) return false;

@@ -6,7 +6,8 @@
 
 // From libtorch_cuda; weak, so that the extension loads, and says what is missing, under a torch without CUDA.
 extern "C" __attribute__((weak)) int aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-// From the CUDA runtime, which is linked statically into this extension. 75 and 76: cudaDevAttrComputeCapabilityMajor, Minor.
+// From the CUDA runtime, which is linked statically into this extension. 75 and 76: cudaDevAttrComputeCapabilityMajor,
+// Minor.
 extern "C" int cudaDeviceGetAttribute(int* value, int attribute, int device);
 extern "C" const char* cudaGetErrorString(int error);
 
@@ -18,9 +19,9 @@ LOWRANK_TABLES
 namespace lowrank {
 
 const KernelTable& kernels_for(int device) {
-  static const std::map<int, const KernelTable*, std::greater<int>> compiled = {  // newest first
+  static const std::map<int, const KernelTable*, std::greater<int>> compiled = {// newest first
 #define LOWRANK_TABLE(arch, name) {arch, lowrank_table_##name()},
-      LOWRANK_TABLES
+                                                                                LOWRANK_TABLES
 #undef LOWRANK_TABLE
   };
   static std::mutex mutex;
@@ -32,8 +33,8 @@ const KernelTable& kernels_for(int device) {
   const int status = cudaDeviceGetAttribute(&major, 75, device) | cudaDeviceGetAttribute(&minor, 76, device);
   TORCH_CHECK(status == 0, "lowrank_fast: cannot read the compute capability of CUDA device ", device);
   const int capability = 10 * major + minor;
-  // Machine code runs on its own capability (and, without an "a", on later ones of the same major version); a GPU newer than all
-  // of them takes the PTX of the newest set.
+  // Machine code runs on its own capability (and, without an "a", on later ones of the same major version); a GPU newer
+  // than all of them takes the PTX of the newest set.
   const KernelTable* table = nullptr;
   for (auto& [built, candidate] : compiled)
     if (!table && built <= capability && built / 10 == major && (major < 9 || built == capability)) table = candidate;
@@ -45,7 +46,8 @@ const KernelTable& kernels_for(int device) {
 }
 
 void* current_stream(int device) {
-  TORCH_CHECK(aoti_torch_get_current_cuda_stream, "lowrank_fast: this torch has no CUDA; install a CUDA build of torch");
+  TORCH_CHECK(aoti_torch_get_current_cuda_stream,
+              "lowrank_fast: this torch has no CUDA; install a CUDA build of torch");
   void* stream = nullptr;
   TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "lowrank_fast: no current CUDA stream");
   return stream;
@@ -97,24 +99,24 @@ Tensor residual_add_into(const Tensor& y, const Tensor& x, const Tensor& A, cons
 Tensors2 residual_add(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale, double p,
                       const Seed& seed, bool save_t) {
   if (!forward_fits(y, x, A.size(0)))
-    return fallback<Tensors2, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, const Seed&, bool>(
-        "residual_add", y, x, A, B, scale, p, seed, save_t);
+    return fallback<Tensors2, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, const Seed&,
+                    bool>("residual_add", y, x, A, B, scale, p, seed, save_t);
   Tensor out = at::empty(y.sizes(), y.options());
   Tensor t = residual_add_into(y, x, A, B, scale, p, seed, save_t, out);
   return {out, t};
 }
-Tensor residual_add_(Tensor y, const Tensor& x, const Tensor& A, const Tensor& B, double scale, double p, const Seed& seed,
-                     bool save_t) {
+Tensor residual_add_(Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale, double p,
+                     const Seed& seed, bool save_t) {
   if (!forward_fits(y, x, A.size(0)))
-    return fallback<Tensor, Tensor, const Tensor&, const Tensor&, const Tensor&, double, double, const Seed&, bool>(
+    return fallback<Tensor, Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, const Seed&, bool>(
         "residual_add_", y, x, A, B, scale, p, seed, save_t);
   return residual_add_into(y, x, A, B, scale, p, seed, save_t, y);
 }
 Tensor residual_add_out(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale, double p,
-                        const Seed& seed, bool save_t, Tensor out) {
+                        const Seed& seed, bool save_t, Tensor& out) {
   if (!forward_fits(y, x, A.size(0)))
-    return fallback<Tensor, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, const Seed&, bool,
-                    Tensor>("residual_add_out", y, x, A, B, scale, p, seed, save_t, out);
+    return fallback<Tensor, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, const Seed&,
+                    bool, Tensor&>("residual_add_out", y, x, A, B, scale, p, seed, save_t, out);
   return residual_add_into(y, x, A, B, scale, p, seed, save_t, out);
 }
 
@@ -153,9 +155,9 @@ Tensor expand_add(const Tensor& y, const Tensor& t, const Tensor& B, double scal
   expand_add_into(y, t, B, scale, out);
   return out;
 }
-void expand_add_(Tensor y, const Tensor& t, const Tensor& B, double scale) {
+void expand_add_(Tensor& y, const Tensor& t, const Tensor& B, double scale) {
   if (!forward_fits(y, y, B.size(1)))
-    return fallback<void, Tensor, const Tensor&, const Tensor&, double>("expand_add_", y, t, B, scale);
+    return fallback<void, Tensor&, const Tensor&, const Tensor&, double>("expand_add_", y, t, B, scale);
   expand_add_into(y, t, B, scale, y);
 }
 
@@ -219,12 +221,13 @@ bool backward_fits(at::ScalarType type, const Tensor& like, const optional<Tenso
   return like.dim() && fits(type, like.numel(), {A ? A->size(1) : 1, B ? B->size(0) : 1}, rank);
 }
 
-Tensors3 residual_add_backward(const Tensor& g, const optional<Tensor>& x, const Tensor& t, const Tensor& A, const Tensor& B,
-                               double scale, double p, const Seed& seed, bool need_dx, bool need_dA, bool need_dB) {
+Tensors3 residual_add_backward(const Tensor& g, const optional<Tensor>& x, const Tensor& t, const Tensor& A,
+                               const Tensor& B, double scale, double p, const Seed& seed, bool need_dx, bool need_dA,
+                               bool need_dB) {
   if (!backward_fits(g.scalar_type(), g, A, B))
-    return fallback<Tensors3, const Tensor&, const optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&, double,
-                    double, const Seed&, bool, bool, bool>("residual_add_backward", g, x, t, A, B, scale, p, seed, need_dx,
-                                                           need_dA, need_dB);
+    return fallback<Tensors3, const Tensor&, const optional<Tensor>&, const Tensor&, const Tensor&, const Tensor&,
+                    double, double, const Seed&, bool, bool, bool>("residual_add_backward", g, x, t, A, B, scale, p,
+                                                                   seed, need_dx, need_dA, need_dB);
   auto out = run_backward(
       {g, x.value_or(Tensor()), t, {}, A, B, g.scalar_type(), scale, p, seed, need_dx, need_dA, need_dB, false});
   return {out.dx, out.dA, out.dB};
@@ -233,15 +236,17 @@ Tensors2 shrink_backward(const Tensor& dt, const optional<Tensor>& x, const Tens
                          at::ScalarType dx_type, bool need_dx, bool need_dA) {
   const bool one_type = !need_dA || x->scalar_type() == dx_type;
   if (!one_type || !backward_fits(dx_type, dt, A, {}))
-    return fallback<Tensors2, const Tensor&, const optional<Tensor>&, const Tensor&, double, const Seed&, at::ScalarType, bool,
-                    bool>("shrink_backward", dt, x, A, p, seed, dx_type, need_dx, need_dA);
-  auto out = run_backward({{}, x.value_or(Tensor()), {}, dt, A, {}, dx_type, 1.0, p, seed, need_dx, need_dA, false, false});
+    return fallback<Tensors2, const Tensor&, const optional<Tensor>&, const Tensor&, double, const Seed&,
+                    at::ScalarType, bool, bool>("shrink_backward", dt, x, A, p, seed, dx_type, need_dx, need_dA);
+  auto out =
+      run_backward({{}, x.value_or(Tensor()), {}, dt, A, {}, dx_type, 1.0, p, seed, need_dx, need_dA, false, false});
   return {out.dx, out.dA};
 }
-Tensors2 expand_add_backward(const Tensor& g, const Tensor& t, const Tensor& B, double scale, bool need_dt, bool need_dB) {
+Tensors2 expand_add_backward(const Tensor& g, const Tensor& t, const Tensor& B, double scale, bool need_dt,
+                             bool need_dB) {
   if (!backward_fits(g.scalar_type(), g, {}, B))
-    return fallback<Tensors2, const Tensor&, const Tensor&, const Tensor&, double, bool, bool>("expand_add_backward", g, t, B,
-                                                                                            scale, need_dt, need_dB);
+    return fallback<Tensors2, const Tensor&, const Tensor&, const Tensor&, double, bool, bool>(
+        "expand_add_backward", g, t, B, scale, need_dt, need_dB);
   auto out = run_backward({g, {}, t, {}, {}, B, g.scalar_type(), scale, 0.0, {}, false, false, need_dB, need_dt});
   return {out.dt, out.dB};
 }

@@ -31,7 +31,8 @@ struct Common {  // tensors that must outlive the launch
 };
 
 Common common(const Tensor& like, const Tensor& x, const Tensor& A, const Tensor& B, const Optional& R,
-              const Optional& token_mask, double scale, int32_t routing, bool router_on_x, double p, const Optional& seed) {
+              const Optional& token_mask, double scale, int32_t routing, bool router_on_x, double p,
+              const Optional& seed) {
   Common c = {};
   RoutedArgs& a = c.args;
   const auto type = like.scalar_type();
@@ -57,8 +58,8 @@ Common common(const Tensor& like, const Tensor& x, const Tensor& A, const Tensor
 }
 
 Tensors3 routed_into(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, const Optional& R,
-                     const Optional& weights, const Optional& token_mask, double scale, int32_t routing, bool router_on_x,
-                     double p, const Optional& seed, const Tensor& out) {
+                     const Optional& weights, const Optional& token_mask, double scale, int32_t routing,
+                     bool router_on_x, double p, const Optional& seed, const Tensor& out) {
   const c10::DeviceGuard guard(x.device());
   Common c = common(x, x, A, B, R, token_mask, scale, routing, router_on_x, p, seed);
   const auto wide = x.options().dtype(at::kFloat);
@@ -79,38 +80,45 @@ Tensors3 routed_into(const Tensor& y, const Tensor& x, const Tensor& A, const Te
   return {t, probabilities, w};
 }
 
-#define LOWRANK_ROUTED                                                                                                   \
-  const Tensor &x, const Tensor &A, const Tensor &B, const Optional &R, const Optional &weights, const Optional &token_mask, \
-      double scale, c10::string_view routing, c10::string_view router_input, double p, const Optional &seed
-#define LOWRANK_ROUTED_TYPES                                                                                          \
-  const Tensor &, const Tensor &, const Tensor &, const Optional &, const Optional &, const Optional &, double,            \
-      c10::string_view, c10::string_view, double, const Optional &
+#define LOWRANK_ROUTED                                                                                             \
+  const Tensor &x, const Tensor &A, const Tensor &B, const Optional &R, const Optional &weights,                   \
+      const Optional &token_mask, double scale, c10::string_view routing, c10::string_view router_input, double p, \
+      const Optional &seed
+#define LOWRANK_ROUTED_TYPES                                                                              \
+  const Tensor&, const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&, double, \
+      c10::string_view, c10::string_view, double, const Optional&
 
 Tensors4 routed_projection(const Tensor& y, LOWRANK_ROUTED) {
   const int32_t kind = routing_code(routing);
   if (!routed_fits(x, A, B, kind, router_input == "x"))
-    return fallback<Tensors4, const Tensor&, LOWRANK_ROUTED_TYPES>("routed_projection", y, x, A, B, R, weights, token_mask,
-                                                                   scale, routing, router_input, p, seed);
+    return fallback<Tensors4, const Tensor&, LOWRANK_ROUTED_TYPES>("routed_projection", y, x, A, B, R, weights,
+                                                                   token_mask, scale, routing, router_input, p, seed);
   Tensor out = at::empty(y.sizes(), y.options());
   auto [t, probabilities, w] =
       routed_into(y, x, A, B, R, weights, token_mask, scale, kind, router_input == "x", p, seed, out);
   return {out, t, probabilities, w};
 }
-Tensors3 routed_projection_(Tensor y, LOWRANK_ROUTED) {
+Tensors3 routed_projection_(Tensor& y, LOWRANK_ROUTED) {
   const int32_t kind = routing_code(routing);
   if (!routed_fits(x, A, B, kind, router_input == "x"))
-    return fallback<Tensors3, Tensor, LOWRANK_ROUTED_TYPES>("routed_projection_", y, x, A, B, R, weights, token_mask, scale,
-                                                            routing, router_input, p, seed);
+    return fallback<Tensors3, Tensor&, LOWRANK_ROUTED_TYPES>("routed_projection_", y, x, A, B, R, weights, token_mask,
+                                                             scale, routing, router_input, p, seed);
   return routed_into(y, x, A, B, R, weights, token_mask, scale, kind, router_input == "x", p, seed, y);
 }
 
 Tensors5 routed_projection_backward(const Tensor& g, const Optional& x, const Tensor& t, const Tensor& probabilities,
                                     const Tensor& w, const Tensor& A, const Tensor& B, const Optional& R,
                                     const Optional& token_mask, const Optional& active, double scale,
-                                    c10::string_view routing, c10::string_view router_input, double p, const Optional& seed,
-                                    std::vector<bool> needs) {
+                                    c10::string_view routing, c10::string_view router_input, double p,
+                                    const Optional& seed, std::array<bool, 5> needs) {
   const int32_t kind = routing_code(routing);
   const bool on_x = router_input == "x";
+  if (!routed_fits(g, A, B, kind, on_x))
+    return fallback<Tensors5, const Tensor&, const Optional&, const Tensor&, const Tensor&, const Tensor&,
+                    const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&, double,
+                    c10::string_view, c10::string_view, double, const Optional&, std::array<bool, 5>>(
+        "routed_projection_backward", g, x, t, probabilities, w, A, B, R, token_mask, active, scale, routing,
+        router_input, p, seed, needs);
   const bool need_dx = needs[0], need_dA = needs[1], need_dB = needs[2], need_dR = needs[3], need_dweights = needs[4];
   const c10::DeviceGuard guard(g.device());
   const bool keep_x = need_dA || (need_dR && on_x);
@@ -139,33 +147,13 @@ Tensors5 routed_projection_backward(const Tensor& g, const Optional& x, const Te
   return {dx, dA, dB, dR, dweights};
 }
 
-// `needs` arrives as bool[]; boxed, because the dispatcher's typed interface passes it in two ways across torch versions.
-void routed_projection_backward_boxed(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
-  const auto at_index = [&](int i) -> const c10::IValue& { return torch::jit::peek(*stack, i, 16); };
-  const Tensor g = at_index(0).toTensor(), A = at_index(5).toTensor(), B = at_index(6).toTensor();
-  const std::string routing = at_index(11).toStringRef(), router_input = at_index(12).toStringRef();
-  if (!routed_fits(g, A, B, routing_code(routing), router_input == "x")) {
-    op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::PrivateUse3), stack);
-    return;
-  }
-  const auto tensor_or_none = [&](int i) { return at_index(i).toOptional<Tensor>(); };
-  const auto list = at_index(15).toBoolList();
-  const std::vector<bool> needs(list.begin(), list.end());
-  auto [dx, dA, dB, dR, dweights] = routed_projection_backward(
-      g, tensor_or_none(1), at_index(2).toTensor(), at_index(3).toTensor(), at_index(4).toTensor(), A, B, tensor_or_none(7),
-      tensor_or_none(8), tensor_or_none(9), at_index(10).toDouble(), routing, router_input, at_index(13).toDouble(),
-      tensor_or_none(14), needs);
-  torch::jit::drop(*stack, 16);
-  torch::jit::push(*stack, dx, dA, dB, dR, dweights);
-}
-
 }  // namespace
 }  // namespace lowrank
 
 TORCH_LIBRARY_IMPL(lowrank_fast, CUDA, m) {
   m.impl("routed_projection", &lowrank::routed_projection);
   m.impl("routed_projection_", &lowrank::routed_projection_);
-  m.impl("routed_projection_backward", torch::CppFunction::makeFromBoxedFunction<&lowrank::routed_projection_backward_boxed>());
+  m.impl("routed_projection_backward", &lowrank::routed_projection_backward);
 }
 
 #define LOWRANK_TEXT_OF(...) #__VA_ARGS__

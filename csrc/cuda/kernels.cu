@@ -1,5 +1,6 @@
-// All kernels and launch plans for one architecture. Compiled once per architecture with -DLOWRANK_ARCH=sm_80 (the namespace, so
-// that the copies do not meet at link time) and -gencode for that architecture alone; see lowrank_fast/cuda_build.py.
+// All kernels and launch plans for one architecture. Compiled once per architecture with -DLOWRANK_ARCH=sm_80 (the
+// namespace, so that the copies do not meet at link time) and -gencode for that architecture alone; see
+// lowrank_fast/cuda_build.py.
 #include "routed_plan.cuh"
 
 #define LOWRANK_PASTE(a, b) a##b

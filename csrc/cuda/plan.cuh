@@ -1,5 +1,5 @@
-// Launch plans: which kernels run for an operation, with which tiles, grids and workspaces. Host code, compiled with the
-// kernels for each architecture and for the CPU harness, which so tests the same sequences that a GPU runs.
+// Launch plans: which kernels run for an operation, with which tiles, grids and workspaces. Host code, compiled with
+// the kernels for each architecture and for the CPU harness, which so tests the same sequences that a GPU runs.
 #pragma once
 #include "cluster_backward.cuh"
 #include "column_pass.cuh"
@@ -10,7 +10,8 @@
 namespace lowrank {
 namespace LOWRANK_ARCH {
 
-// Carves the workspace and launches. Without a base address it only adds up sizes (and hands out addresses nobody reads).
+// Carves the workspace and launches. Without a base address it only adds up sizes (and hands out addresses nobody
+// reads).
 class Context {
  public:
   Context(void* base, void* stream) : base_(static_cast<char*>(base)), stream_(stream) {}
@@ -32,7 +33,7 @@ class Context {
   }
   size_t finish(int* error) const {
     if (error) *error = error_;
-    return used_ + 256;
+    return used_;
   }
 
  private:
@@ -53,8 +54,20 @@ inline int processors() {
 #endif
 }
 
-// Calls f(E{}) / f(integral constant R) for the run-time dtype and rank. LOWRANK_SMALL_BUILD (mutation tests, quick looks at
-// machine code) leaves out all but bfloat16 and rank <= 16.
+// Dynamic shared memory that a block may have on this device.
+inline size_t shared_limit() {
+#if SIMT_GPU
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return static_cast<size_t>(bytes);
+#else
+  return simt::kSharedLimit;
+#endif
+}
+
+// Calls f(E{}) / f(integral constant R) for the run-time dtype and rank. LOWRANK_SMALL_BUILD (mutation tests, quick
+// looks at machine code) leaves out all but bfloat16 and rank <= 16.
 template <class F>
 void with_element(int dtype, F f) {
 #ifndef LOWRANK_SMALL_BUILD
@@ -87,7 +100,9 @@ void with_rank(int rank, F f) {
 
 // ------------------------------------------------------------------------------------------------ memory access
 
-inline bool aligned(const void* p, int64_t stride_bytes) { return (reinterpret_cast<uintptr_t>(p) | stride_bytes) % 16 == 0; }
+inline bool aligned(const void* p, int64_t stride_bytes) {
+  return (reinterpret_cast<uintptr_t>(p) | stride_bytes) % 16 == 0;
+}
 
 template <class E>
 int vectors(const Rows& rows) {
@@ -119,8 +134,8 @@ constexpr int large_block_m() {
   return R <= 32 ? 64 : R == 128 && sizeof(E) == 4 ? 16 : 32;
 }
 
-// Fills the tiling fields of `p` and launches it over `segments` segments. Large T: one block per 16..64 rows, all columns.
-// Fewer row blocks than processors: 16 rows, and the columns of out are divided too.
+// Fills the tiling fields of `p` and launches it over `segments` segments. Large T: one block per 16..64 rows, all
+// columns. Fewer row blocks than processors: 16 rows, and the columns of out are divided too.
 template <class E>
 void run_rows(Context& c, RowParams p, int64_t segments, const char* name) {
   p.A = narrowed<E>(p.A);
@@ -146,8 +161,13 @@ void run_rows(Context& c, RowParams p, int64_t segments, const char* name) {
     int64_t splits = p.out && blocks * segments < sm ? sm / (blocks * segments) : 1;
     splits = splits > tiles ? (tiles ? tiles : 1) : splits;
     p.column_tiles = static_cast<int>(ceil_div(tiles, splits));
-    Launch l{static_cast<int>(blocks), static_cast<int>(p.out ? ceil_div(tiles, p.column_tiles ? p.column_tiles : 1) : 1),
-             static_cast<int>(segments), 128, 1, 0, name};
+    Launch l{static_cast<int>(blocks),
+             static_cast<int>(p.out ? ceil_div(tiles, p.column_tiles ? p.column_tiles : 1) : 1),
+             static_cast<int>(segments),
+             128,
+             1,
+             0,
+             name};
     if (l.grid_y == 0) l.grid_y = 1;
     if (small || large == 16) {
       l.shared_bytes = RowTuning<E, R, 16>::shared_bytes;
@@ -216,7 +236,8 @@ inline SumParams sum_to(float* sums, const float* partials, int64_t elements, in
   p.sums = sums;
   return p;
 }
-inline SumParams sum_into(const MutableFactor& target, const float* partials, int64_t n, int rank, int count, float scale) {
+inline SumParams sum_into(const MutableFactor& target, const float* partials, int64_t n, int rank, int count,
+                          float scale) {
   SumParams p = sum_to(nullptr, partials, n * rank, 1, count, scale);
   p.target = p.upper = target;
   p.rank = p.split = rank;
@@ -225,7 +246,8 @@ inline SumParams sum_into(const MutableFactor& target, const float* partials, in
 
 // ------------------------------------------------------------------------------------------------ column kernel
 
-// Row splits of the column kernel: about 256 blocks in all, by the shape alone, so that sums have the same order everywhere.
+// Row splits of the column kernel: about 256 blocks in all, by the shape alone, so that sums have the same order
+// everywhere.
 template <class E, int R, int mode>
 int row_splits(int64_t segment_rows, int cols, int64_t segments) {
   int64_t blocks = ceil_div(cols, ColumnTuning<E, R, mode>::block_n) * (segments > 0 ? segments : 1);
@@ -278,7 +300,8 @@ inline ColumnParams column_params(int64_t segment_rows, const Rows& x, int cols,
   return p;
 }
 
-// u [T, rank] = scale * g W, and the partial sums of g^T Z in `grad`, whichever are wanted: one read of g where that pays.
+// u [T, rank] = scale * g W, and the partial sums of g^T Z in `grad`, whichever are wanted: one read of g where that
+// pays.
 template <class E>
 Partials gradient_pass(Context& c, ColumnParams p, int64_t segments, float scale, float* u, bool need_grad) {
   const bool fused = u && need_grad && p.rank <= 32;
@@ -335,14 +358,15 @@ constexpr bool use_clusters = true;
 constexpr bool use_clusters = false;
 #endif
 
-// The one-launch form of a backward that needs every gradient, where a cluster's registers hold dA and dB. False: not taken.
+// The one-launch form of a backward that needs every gradient, where a cluster's registers hold dA and dB. False: not
+// taken.
 template <class E, int R>
 bool cluster_backward(Context& c, const BackwardArgs& a) {
 #if !SIMT_GPU || defined(LOWRANK_CLUSTERS)
   using C = ClusterTuning<E, R>;
   const int width = a.d_in > a.d_out ? a.d_in : a.d_out;
   const int blocks = static_cast<int>(ceil_div(width, C::block_n));
-  if (blocks > C::max_blocks) return false;
+  if (blocks > C::max_blocks || C::shared_bytes > shared_limit()) return false;  // e.g. 99 KiB on sm_120
   ClusterParams p = {};
   p.g = a.g.data;
   p.g_stride = a.g.stride;
@@ -365,7 +389,8 @@ bool cluster_backward(Context& c, const BackwardArgs& a) {
   p.u_scale = a.scale;
   p.dx_scale = a.dropout.seed ? a.dropout.keep_scale : 1.0f;
   p.dropout = a.dropout;
-  int64_t clusters = 128 / blocks, most = ceil_div(a.tokens, C::block_m);  // by the shape alone: the order of sums depends on it
+  int64_t clusters = 128 / blocks,
+          most = ceil_div(a.tokens, C::block_m);  // by the shape alone: the order of sums depends on it
   clusters = clusters > most ? most : clusters;
   clusters = clusters < 1 ? 1 : clusters;
   p.dA = c.take<float>(clusters * a.d_in * a.rank);

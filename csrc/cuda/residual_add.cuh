@@ -5,13 +5,14 @@
 //   dx without dA, dB   both phases on g with the factors' roles swapped, y = null: reads g, writes dx
 //   token routing       phase 2 with z = w (x) t as the hidden tensor and the bank as one factor of rank E r
 //
-// A block owns `block_m` rows. Phase 1 streams [block_m, block_k] tiles of x and [R, block_k] tiles of A through a ring of
-// cp.async stages; its four warps divide the depth of each tile, and their sums are added in a fixed order. Phase 2 streams
-// tiles of y and B; each warp owns 16 of its 64 columns. Small T uses the same kernel with block_m = 16 and the columns of
-// out divided among `grid.y` blocks, each of which recomputes t (x is then in L2): one launch. The order of every sum is
-// the same in all forms, so a row's bits depend on neither T nor the form.
+// A block owns `block_m` rows. Phase 1 streams [block_m, block_k] tiles of x and [R, block_k] tiles of A through a ring
+// of cp.async stages; its four warps divide the depth of each tile, and their sums are added in a fixed order. Phase 2
+// streams tiles of y and B; each warp owns 16 of its 64 columns. Small T uses the same kernel with block_m = 16 and the
+// columns of out divided among `grid.y` blocks, each of which recomputes t (x is then in L2): one launch. The order of
+// every sum is the same in all forms, so a row's bits depend on neither T nor the form.
 //
-// Grid: (row blocks per segment, column splits, segments). A segment is a range of rows with its own B (sample routing).
+// Grid: (row blocks per segment, column splits, segments). A segment is a range of rows with its own B (sample
+// routing).
 #pragma once
 #include "tile.cuh"
 
@@ -23,16 +24,16 @@ struct RowParams {
   int64_t x_stride;
   Factor A, A_upper;  // stacked along the rank at A_split (router on x); one factor: A_split >= rank
   int64_t A_segment_stride;
-  const void* y;      // [T, d_out], or null: zero
+  const void* y;  // [T, d_out], or null: zero
   int64_t y_stride;
   Factor B;
   int64_t B_segment_stride;
   void* out;  // [T, d_out], or null: no phase 2
   int64_t out_stride;
-  float* t_out;        // [T, A_split or rank] fp32, or null
-  float* upper_out;    // [T, rank - A_split] fp32: what A_upper gives, or null
-  const float* t_in;   // [T, t_rank] fp32, when x is null
-  const float* w_in;   // [T, rank / t_rank] token weights, or null: rank == t_rank
+  float* t_out;       // [T, A_split or rank] fp32, or null
+  float* upper_out;   // [T, rank - A_split] fp32: what A_upper gives, or null
+  const float* t_in;  // [T, t_rank] fp32, when x is null
+  const float* w_in;  // [T, rank / t_rank] token weights, or null: rank == t_rank
   int64_t segment_rows;
   int d_in, d_out, rank, t_rank, A_split;
   int A_access, B_access;
@@ -44,7 +45,8 @@ struct RowParams {
 
 // Shared memory and registers of a configuration. 128 threads.
 //
-//   bytes = max(phase 1: stages * (block_m + R) * (block_k + pad), phase 2: stages * (64 * (R + pad) + block_m * (64 + pad)),
+//   bytes = max(phase 1: stages * (block_m + R) * (block_k + pad), phase 2: stages * (64 * (R + pad) + block_m * (64 +
+//   pad)),
 //               sums of 4 warps: 4 * block_m * R floats) + hidden tile: block_m * (R + pad)
 //
 //   R    block_m  stages  16-bit bytes: max(phase 1, phase 2, sums) + hidden     accumulators per thread (phase 1, 2)
@@ -53,7 +55,8 @@ struct RowParams {
 //   64   32       3       max(78336, 41472, 32768) + 4608 = 82944                 64, 16
 //   128  32       2       max(87040, 44032, 65536) + 8704 = 95744                 128, 16
 //   any  16       (small T) 26880, 40448, 67584, 82688                            8 to 64, 8
-// float32 halves block_k, so phase 1 has the same bytes; R = 128 takes block_m = 16. All fit the 99 KiB of sm_86 and sm_89.
+// float32 halves block_k, so phase 1 has the same bytes; R = 128 takes block_m = 16. All fit the 99 KiB of sm_86 and
+// sm_89.
 template <class E, int R, int block_m_>
 struct RowTuning {
   static constexpr int threads = 128, warps = 4, block_m = block_m_, m_tiles = block_m / 16;
@@ -101,19 +104,22 @@ SIMT_DEVICE void shrink_rows(const RowParams& p, int64_t row0, int rows, char* r
       sync_block();
     }
     const int quarter = C::block_k / C::warps * warp_id();
-    multiply<true, true>(acc, stage + quarter, C::ld_k, stage + block_m * C::ld_k + quarter, C::ld_k, C::block_k / C::warps);
+    multiply<true, true>(acc, stage + quarter, C::ld_k, stage + block_m * C::ld_k + quarter, C::ld_k,
+                         C::block_k / C::warps);
   }
   cp_async_wait<0>();
   sync_block();  // the sums overwrite the ring
   float* sums = reinterpret_cast<float*>(ring) + warp_id() * block_m * R;
   SIMT_UNROLL
-  for (int m = 0; m < C::m_tiles; m++)
+  for (int m = 0; m < C::m_tiles; m++) {
     SIMT_UNROLL
-    for (int n = 0; n < R / 8; n++)
+    for (int n = 0; n < R / 8; n++) {
       SIMT_UNROLL
       for (int i = 0; i < 4; i += 2)
         store_pair(&sums[(16 * m + fragment_row(i)) * R + 8 * n + fragment_column(i)], acc[m][n][i], acc[m][n][i + 1]);
-  sync_block();
+    }
+  }
+  sync_block();  // the sums of all four warps are written
 }
 
 SIMT_DEVICE void store_hidden(const RowParams& p, int64_t row, int k, float t) {
@@ -162,8 +168,8 @@ SIMT_DEVICE void expand_rows(const RowParams& p, int64_t row0, int rows, char* r
       int n0 = (first + i) * C::block_n;
       load_factor<E, false, R, C::block_n, C::threads>(stage, B, B, p.rank, p.rank, n0, p.d_out, p.B_access);
       if (y)
-        load_tile<E, block_m, C::block_n, C::threads>(stage + C::block_n * C::ld_r, y + row0 * p.y_stride + n0, y, p.y_stride,
-                                                      rows, p.d_out - n0, p.y_vec);
+        load_tile<E, block_m, C::block_n, C::threads>(stage + C::block_n * C::ld_r, y + row0 * p.y_stride + n0, y,
+                                                      p.y_stride, rows, p.d_out - n0, p.y_vec);
     }
     cp_async_commit();
   };
@@ -179,9 +185,9 @@ SIMT_DEVICE void expand_rows(const RowParams& p, int64_t row0, int rows, char* r
     const int column0 = 16 * warp_id();
     multiply<true, true>(acc, hidden, C::ld_r, b_tile + column0 * C::ld_r, C::ld_r, R);
     SIMT_UNROLL
-    for (int m = 0; m < C::m_tiles; m++)
+    for (int m = 0; m < C::m_tiles; m++) {
       SIMT_UNROLL
-      for (int n = 0; n < 2; n++)
+      for (int n = 0; n < 2; n++) {
         SIMT_UNROLL
         for (int j = 0; j < 4; j += 2) {
           E* at = &y_tile[(16 * m + fragment_row(j)) * C::ld_n + column0 + 8 * n + fragment_column(j)];
@@ -193,14 +199,16 @@ SIMT_DEVICE void expand_rows(const RowParams& p, int64_t row0, int rows, char* r
           }
           store_pair(at, low, high);
         }
+      }
+    }
     sync_block();
     const int n0 = (first + i) * C::block_n;
     if (p.drop_out.seed) {
       drop_tile<E, block_m, C::block_n, C::threads>(y_tile, row0, n0, rows, p.drop_out);
       sync_block();
     }
-    store_tile<E, block_m, C::block_n, C::threads>(out + row0 * p.out_stride + n0, p.out_stride, y_tile, rows, p.d_out - n0,
-                                                   p.out_vec);
+    store_tile<E, block_m, C::block_n, C::threads>(out + row0 * p.out_stride + n0, p.out_stride, y_tile, rows,
+                                                   p.d_out - n0, p.out_vec);
   }
   cp_async_wait<0>();
 }

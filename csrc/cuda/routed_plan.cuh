@@ -3,8 +3,8 @@
 //   batch, sample, static   t and logits -> p -> w -> B_mix [segments, d_out, r] -> out = y + s t B_mix^T
 //   token                   t and logits -> p -> out = y + s (p (x) t) B_cat^T, one factor of rank E r
 //
-// Backward shares G = s g^T t among the experts and never makes E copies of it. A router on x is stacked under A (one read of x),
-// except with dropout, which it does not see: then it has passes of its own.
+// Backward shares G = s g^T t among the experts and never makes E copies of it. A router on x is stacked under A (one
+// read of x), except with dropout, which it does not see: then it has passes of its own.
 #pragma once
 #include "plan.cuh"
 
@@ -139,7 +139,8 @@ void mixed_gradients(Context& c, const RoutedArgs& a, const RoutedNeeds& needs, 
   Partials partials = gradient_pass<E>(c, p, a.segments, a.scale, u, need_G);
   if (!need_G) return;
   float* G = c.take<float>(a.segments * elements);
-  if (a.segments) run_sum<E>(c, sum_to(G, partials.grad, elements, static_cast<int>(a.segments), partials.splits, a.scale));
+  if (a.segments)
+    run_sum<E>(c, sum_to(G, partials.grad, elements, static_cast<int>(a.segments), partials.splits, a.scale));
   if (needs.weights) weight_gradient<E>(c, a, G, dw);
   if (!a.dB.data) return;
   BankParams b = {};

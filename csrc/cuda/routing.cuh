@@ -18,10 +18,10 @@ namespace LOWRANK_ARCH {
 constexpr int kChunkRows = 256;  // rows (or elements) whose sum one block makes, with 256 threads
 
 struct SoftmaxParams {
-  const float* t;  // [T, rank], or null: p holds the logits already
-  Factor R;        // [E, rank] as element (k, expert)
-  float* p;        // [T, E]
-  float* sums;     // [chunks, segments, E + 1]: sums over kept tokens, and their number; or null
+  const float* t;          // [T, rank], or null: p holds the logits already
+  Factor R;                // [E, rank] as element (k, expert)
+  float* p;                // [T, E]
+  float* sums;             // [chunks, segments, E + 1]: sums over kept tokens, and their number; or null
   const bool* token_mask;  // [T] or null
   int64_t segment_rows;
   int rank, experts;
@@ -105,12 +105,12 @@ count_kernel(const CountParams a) {
 }
 
 struct MixParams {
-  const float* sums;     // [chunks, segments, E + 1] from softmax_kernel, or null
-  const float* weights;  // static: [E]; backward: [segments, E]; read when sums is null
+  const float* sums;       // [chunks, segments, E + 1] from softmax_kernel, or null
+  const float* weights;    // static: [E]; backward: [segments, E]; read when sums is null
   int64_t weights_stride;  // between segments
-  float* w;              // [segments, E], or null
-  Factor B;              // group = rank of one expert
-  float* mix;            // [segments, d_out, rank]
+  float* w;                // [segments, E], or null
+  Factor B;                // group = rank of one expert
+  float* mix;              // [segments, d_out, rank]
   int chunks, experts, rank, d_out;
 };
 
@@ -193,10 +193,10 @@ bank_gradient_kernel(const BankParams a) {
 }
 
 struct RouteBackwardParams {
-  const float* u;   // mixed: [T, rank]; token: [T, E * rank] = dz; scale included
-  const float* t;   // token: [T, rank]
-  const float* p;   // [T, E], or null (static)
-  const float* dw;  // mixed: [segments, E]
+  const float* u;          // mixed: [T, rank]; token: [T, E * rank] = dz; scale included
+  const float* t;          // token: [T, rank]
+  const float* p;          // [T, E], or null (static)
+  const float* dw;         // mixed: [segments, E]
   const float* counts;     // mixed: [segments]: tokens averaged over
   const bool* token_mask;  // mixed
   Factor R;                // router on t: [E, rank] as (k, expert); data null otherwise
@@ -206,7 +206,8 @@ struct RouteBackwardParams {
   int rank, experts, token_routing;
 };
 
-// dlogits = p (dp - <p, dp>); dt = u (mixed) or sum_e p_e dz_e (token), plus dlogits R. One thread per row, 256 threads.
+// dlogits = p (dp - <p, dp>); dt = u (mixed) or sum_e p_e dz_e (token), plus dlogits R. One thread per row, 256
+// threads.
 template <class E>
 SIMT_KERNEL(256, 1)
 route_backward_kernel(const RouteBackwardParams a) {
@@ -257,7 +258,8 @@ router_gradient_kernel(const RouterGradientParams a) {
   const int64_t end = begin + kChunkRows < a.tokens ? begin + kChunkRows : a.tokens;
   for (int i = thread_id(); i < a.experts * a.rank; i += 256) {
     float sum = 0.0f;
-    for (int64_t row = begin; row < end; row++) sum += a.dlogits[row * a.experts + i / a.rank] * a.t[row * a.rank + i % a.rank];
+    for (int64_t row = begin; row < end; row++)
+      sum += a.dlogits[row * a.experts + i / a.rank] * a.t[row * a.rank + i % a.rank];
     a.partials[int64_t(block_id().x) * a.experts * a.rank + i] = sum;
   }
 }

@@ -1,9 +1,9 @@
 // Device primitives: the only file with inline PTX and the only one that differs between nvcc and the CPU harness.
 //
-// Each primitive has two bodies with one meaning. Under nvcc it is an instruction or two. Under a host compiler it calls
-// the SIMT harness (tests/simt), which executes it and checks its use. Kernels use nothing else of CUDA, so the same
-// source runs on a CPU. The PTX bodies themselves never run there: keep this file small, and its machine code is pinned
-// by a test. PTX ISA sections are named where a layout or an ordering matters.
+// Each primitive has two bodies with one meaning. Under nvcc it is an instruction or two. Under a host compiler it
+// calls the SIMT harness (tests/simt), which executes it and checks its use. Kernels use nothing else of CUDA, so the
+// same source runs on a CPU. The PTX bodies themselves never run there: keep this file small, and its machine code is
+// pinned by a test. PTX ISA sections are named where a layout or an ordering matters.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -114,9 +114,8 @@ SIMT_DEVICE float shuffle_xor(float value, int mask SIMT_AT) {
 
 SIMT_DEVICE Vec16 load16(const void* p SIMT_AT) {
 #if !SIMT_GPU
-  simt::check_access(p, 16, false, SIMT_HERE);
   Vec16 v;
-  __builtin_memcpy(&v, p, 16);
+  simt::load16(&v, p, SIMT_HERE);
   return v;
 #else
   uint4 v = *static_cast<const uint4*>(p);
@@ -126,24 +125,24 @@ SIMT_DEVICE Vec16 load16(const void* p SIMT_AT) {
 // To global memory. In PTX, because nvcc divides the plain store into four where a scalar path stands beside it.
 SIMT_DEVICE void store16(void* p, const Vec16& v SIMT_AT) {
 #if !SIMT_GPU
-  simt::check_access(p, 16, true, SIMT_HERE);
-  __builtin_memcpy(p, &v, 16);
+  simt::store16(p, &v, SIMT_HERE);
 #else
-  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.word[0]), "r"(v.word[1]),
-               "r"(v.word[2]), "r"(v.word[3])
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.word[0]),
+               "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
                : "memory");
 #endif
 }
 
 // ------------------------------------------------------------------------------------------------ cp.async
 
-// 16 bytes global -> shared, of which the first `source_bytes` (0..16) are read and the rest become zero. `source` must be
-// a valid aligned address even when nothing is read. PTX ISA: "cp.async", .cg = past L1.
+// 16 bytes global -> shared, of which the first `source_bytes` (0..16) are read and the rest become zero. `source` must
+// be a valid aligned address even when nothing is read. PTX ISA: "cp.async", .cg = past L1.
 SIMT_DEVICE void cp_async_16(void* shared, const void* source, int source_bytes SIMT_AT) {
 #if SIMT_GPU
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(source), "r"(source_bytes)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(source), "r"(source_bytes)
+      : "memory");
 #else
   simt::cp_async(shared, source, source_bytes, SIMT_HERE);
 #endif
@@ -167,8 +166,8 @@ SIMT_DEVICE void cp_async_wait() {
 
 // ------------------------------------------------------------------------------------------------ tensor cores
 
-// Four 8 x 8 matrices of 16-bit elements. Lane 8 j + i gives the address of row i of matrix j (16 bytes, aligned); lane l
-// receives elements (l / 4, 2 (l % 4)) and its right neighbour of every matrix. PTX ISA: "ldmatrix".
+// Four 8 x 8 matrices of 16-bit elements. Lane 8 j + i gives the address of row i of matrix j (16 bytes, aligned); lane
+// l receives elements (l / 4, 2 (l % 4)) and its right neighbour of every matrix. PTX ISA: "ldmatrix".
 SIMT_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row SIMT_AT) {
 #if SIMT_GPU
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -192,12 +191,14 @@ SIMT_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row SIMT_AT) {
 }
 
 // c [16, 8] += a [16, 16] b [16, 8], fp32 accumulators. Lane = 4 g + q. PTX ISA: "Matrix Fragments for mma.m16n8k16":
-// a: (g, 2q..), (g + 8, 2q..), (g, 2q + 8..), (g + 8, 2q + 8..); b: (2q.., g), (2q + 8.., g); c: (g, 2q..), (g + 8, 2q..).
+// a: (g, 2q..), (g + 8, 2q..), (g, 2q + 8..), (g + 8, 2q + 8..); b: (2q.., g), (2q + 8.., g); c: (g, 2q..), (g + 8,
+// 2q..).
 SIMT_DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1 SIMT_AT) {
 #if SIMT_GPU
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
   uint32_t b[2] = {b0, b1};
   simt::mma_16816(c, a, b, simt::MmaType::kBf16, SIMT_HERE);
@@ -238,11 +239,12 @@ SIMT_DEVICE Vec16 load16_cluster(const void* own, int rank SIMT_AT) {
 #if SIMT_GPU
   Vec16 v;
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(own));
-  asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %4, %5;\n"
-               "ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [remote];}"
-               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-               : "r"(address), "r"(rank)
-               : "memory");
+  asm volatile(
+      "{.reg .b32 remote; mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [remote];}"
+      : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+      : "r"(address), "r"(rank)
+      : "memory");
   return v;
 #else
   return load16(simt::map_shared(own, rank), file, line);
@@ -341,8 +343,9 @@ inline int launch(void (*kernel)(Params), const Launch& l, void* stream, const P
   if (l.grid_x <= 0 || l.grid_y <= 0 || l.grid_z <= 0) return 0;
 #if SIMT_GPU
   if (l.shared_bytes > 48 * 1024) {
-    cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared_bytes));
+    cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(l.shared_bytes));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};

@@ -20,12 +20,16 @@ struct Element<float> {
 template <>
 struct Element<Bf16> {
   static constexpr int kChunk = 8, kStep = 16;
-  SIMT_DEVICE static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma_bf16(c, a, b0, b1); }
+  SIMT_DEVICE static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_bf16(c, a, b0, b1);
+  }
 };
 template <>
 struct Element<F16> {
   static constexpr int kChunk = 8, kStep = 16;
-  SIMT_DEVICE static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma_f16(c, a, b0, b1); }
+  SIMT_DEVICE static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_f16(c, a, b0, b1);
+  }
 };
 
 template <class E>
@@ -51,9 +55,9 @@ SIMT_DEVICE void store_pair(E* at, float low, float high) {
 
 // ------------------------------------------------------------------------------------------------ activations
 
-// tile [rows_max, cols_max] <- source [rows, cols] (row_stride elements apart), zero outside. `source` is the tile's origin,
-// `base` any valid aligned address of the tensor. `vec`: rows are aligned to 16 bytes, so cp.async may be used; the caller
-// commits and waits. Without it the elements are copied one by one and only a barrier is needed.
+// tile [rows_max, cols_max] <- source [rows, cols] (row_stride elements apart), zero outside. `source` is the tile's
+// origin, `base` any valid aligned address of the tensor. `vec`: rows are aligned to 16 bytes, so cp.async may be used;
+// the caller commits and waits. Without it the elements are copied one by one and only a barrier is needed.
 template <class E, int rows_max, int cols_max, int threads>
 SIMT_DEVICE void load_tile(E* tile, const E* source, const E* base, int64_t row_stride, int rows, int cols, bool vec) {
   constexpr int ld = padded<E>(cols_max), chunk = Element<E>::kChunk;
@@ -63,7 +67,8 @@ SIMT_DEVICE void load_tile(E* tile, const E* source, const E* base, int64_t row_
       int row = i / (cols_max / chunk), col = i % (cols_max / chunk) * chunk;
       int valid = row < rows ? cols - col : 0;
       valid = valid < 0 ? 0 : valid > chunk ? chunk : valid;
-      cp_async_16(&tile[row * ld + col], valid ? source + row * row_stride + col : base, valid * static_cast<int>(sizeof(E)));
+      cp_async_16(&tile[row * ld + col], valid ? source + row * row_stride + col : base,
+                  valid * static_cast<int>(sizeof(E)));
     }
   } else {
     SIMT_NO_UNROLL
@@ -94,10 +99,10 @@ SIMT_DEVICE void store_tile(E* target, int64_t row_stride, const E* tile, int ro
 
 // How a factor's tile is fetched; decided once per launch on the host (factor_access in plan.cuh).
 enum FactorAccess : int32_t {
-  kAsync = 0,     // cp.async: dtype of the activations, contiguous and aligned along the tile's rows
-  kConvert = 1,   // four float32 at a time, converted on the way
-  kAlongTile = 2, // single elements, neighbours along the tile's rows
-  kAcrossTile = 3 // single elements, neighbours down the tile's columns (a transposed view)
+  kAsync = 0,      // cp.async: dtype of the activations, contiguous and aligned along the tile's rows
+  kConvert = 1,    // four float32 at a time, converted on the way
+  kAlongTile = 2,  // single elements, neighbours along the tile's rows
+  kAcrossTile = 3  // single elements, neighbours down the tile's columns (a transposed view)
 };
 
 SIMT_DEVICE int64_t factor_offset(const Factor& f, int k, int n) {
@@ -107,7 +112,8 @@ SIMT_DEVICE int64_t factor_offset(const Factor& f, int k, int n) {
 // The factor of this block's segment (grid z).
 template <class E>
 SIMT_DEVICE Factor of_segment(Factor f, int64_t segment_stride) {
-  f.data = static_cast<const char*>(f.data) + block_id().z * segment_stride * static_cast<int64_t>(f.wide ? 4 : sizeof(E));
+  f.data =
+      static_cast<const char*>(f.data) + block_id().z * segment_stride * static_cast<int64_t>(f.wide ? 4 : sizeof(E));
   return f;
 }
 
@@ -180,9 +186,9 @@ SIMT_DEVICE void load_factor(E* tile, const Factor& f, const Factor& upper, int 
 
 // ------------------------------------------------------------------------------------------------ multiplication
 
-// Operand of one 16-deep step for tensor cores. `along_k`: the tile is stored [m, k] (or [n, k]); else [k, m] (or [k, n]),
-// and the matrices are transposed on the way. A: regs 0..3 = (m, k) blocks (0,0) (8,0) (0,8) (8,8); B, for 16 columns:
-// regs 0, 1 = k blocks 0, 8 of columns 0..7; regs 2, 3 of columns 8..15.
+// Operand of one 16-deep step for tensor cores. `along_k`: the tile is stored [m, k] (or [n, k]); else [k, m] (or [k,
+// n]), and the matrices are transposed on the way. A: regs 0..3 = (m, k) blocks (0,0) (8,0) (0,8) (8,8); B, for 16
+// columns: regs 0, 1 = k blocks 0, 8 of columns 0..7; regs 2, 3 of columns 8..15.
 template <bool is_a, bool along_k, class E>
 SIMT_DEVICE void load_operand(uint32_t (&regs)[4], const E* tile, int ld) {
   const int i = lane_id() % 8, j = lane_id() / 8;
@@ -233,7 +239,8 @@ struct Multiply<float, a_along_k, b_along_k, m_tiles, n_tiles> {
       for (int j = 0; j < 4; j++) v[j] = tile[(k + j) * ld + outer];
     }
   }
-  SIMT_DEVICE static void run(float (&acc)[m_tiles][n_tiles][4], const float* a, int lda, const float* b, int ldb, int depth) {
+  SIMT_DEVICE static void run(float (&acc)[m_tiles][n_tiles][4], const float* a, int lda, const float* b, int ldb,
+                              int depth) {
     const int g = lane_id() / 4, q = lane_id() % 4;
     SIMT_NO_UNROLL
     for (int k = 0; k < depth; k += 4) {
@@ -249,18 +256,20 @@ struct Multiply<float, a_along_k, b_along_k, m_tiles, n_tiles> {
         four<b_along_k>(vb[0], b, ldb, 8 * n + 2 * q, k);
         four<b_along_k>(vb[1], b, ldb, 8 * n + 2 * q + 1, k);
         SIMT_UNROLL
-        for (int m = 0; m < m_tiles; m++)
+        for (int m = 0; m < m_tiles; m++) {
           SIMT_UNROLL
-          for (int i = 0; i < 4; i++)
+          for (int i = 0; i < 4; i++) {
             SIMT_UNROLL
             for (int j = 0; j < 4; j++) acc[m][n][i] += va[m][i >> 1][j] * vb[i & 1][j];
+          }
+        }
       }
     }
   }
 };
 
-// acc [16 m_tiles, 8 n_tiles] += a b over `depth` (a multiple of the step): a is [m, k] in memory if a_along_k, else [k, m];
-// b is [n, k] if b_along_k, else [k, n]. One warp.
+// acc [16 m_tiles, 8 n_tiles] += a b over `depth` (a multiple of the step): a is [m, k] in memory if a_along_k, else
+// [k, m]; b is [n, k] if b_along_k, else [k, n]. One warp.
 template <bool a_along_k, bool b_along_k, class E, int m_tiles, int n_tiles>
 SIMT_DEVICE void multiply(float (&acc)[m_tiles][n_tiles][4], const E* a, int lda, const E* b, int ldb, int depth) {
   Multiply<E, a_along_k, b_along_k, m_tiles, n_tiles>::run(acc, a, lda, b, ldb, depth);
@@ -269,11 +278,13 @@ SIMT_DEVICE void multiply(float (&acc)[m_tiles][n_tiles][4], const E* a, int lda
 template <int m_tiles, int n_tiles>
 SIMT_DEVICE void clear(float (&acc)[m_tiles][n_tiles][4]) {
   SIMT_UNROLL
-  for (int m = 0; m < m_tiles; m++)
+  for (int m = 0; m < m_tiles; m++) {
     SIMT_UNROLL
-    for (int n = 0; n < n_tiles; n++)
+    for (int n = 0; n < n_tiles; n++) {
       SIMT_UNROLL
       for (int i = 0; i < 4; i++) acc[m][n][i] = 0.0f;
+    }
+  }
 }
 
 // ------------------------------------------------------------------------------------------------ dropout
@@ -298,8 +309,8 @@ SIMT_DEVICE Philox4 philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, u
   return {{c0, c1, c2, c3}};
 }
 
-// Zeroes the dropped elements of a tile whose origin is (row0, col0) of x; col0 is a multiple of 64. Columns 64 q + 16 w + l
-// of row i take word w of counter (16 q + l, i, i >> 32, stream), so one Philox call masks four columns.
+// Zeroes the dropped elements of a tile whose origin is (row0, col0) of x; col0 is a multiple of 64. Columns 64 q + 16
+// w + l of row i take word w of counter (16 q + l, i, i >> 32, stream), so one Philox call masks four columns.
 template <class E, int rows_max, int cols_max, int threads>
 SIMT_DEVICE void drop_tile(E* tile, int64_t row0, int col0, int rows, const Dropout& d) {
   static_assert(cols_max % 64 == 0, "the mask is laid out in blocks of 64 columns");

@@ -74,7 +74,7 @@ struct RoutedArgs {
   Dropout dropout;
   // forward
   Rows y, out;
-  const float* weights;  // kStatic: [E]
+  const float* weights;          // kStatic: [E]
   float *t_out, *p_out, *w_out;  // [T, rank], [T, E] (not kStatic), [segments, E] (not kToken)
   // backward
   Rows g, dx;
@@ -84,7 +84,7 @@ struct RoutedArgs {
   float* dweights;  // kStatic: [E], or null
 };
 
-constexpr int kMaxRank = 128;         // of the widest factor in the call: rank, rank + E (router on x) or E * rank (kToken)
+constexpr int kMaxRank = 128;  // of the widest factor in the call: rank, rank + E (router on x) or E * rank (kToken)
 constexpr int kMaxSegments = 65535;
 
 // One set per architecture. A function with a null workspace only reports its size; else it launches on `stream` and
