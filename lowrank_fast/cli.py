@@ -1,4 +1,4 @@
-"""The command `lowrank-fast`: `info`, `verify` and `bench`.
+"""The command `lowrank-fast`: `info`, `verify`, `bench` and `codegen`.
 
 Exit status: 0, 1 when verification (or a benchmark's own checks) failed, 2 when the request cannot be carried out.
 Modules are imported by the subcommand that needs them, so that `--help` waits for nothing but torch.
@@ -36,6 +36,11 @@ DELEGATED = {
         "lowrank_fast.bench.cli",
         "measure against eager PyTorch, torch.compile and PEFT",
         "lowrank-fast[bench]",
+    ),
+    "codegen": (
+        "lowrank_fast.codegen",
+        "compile the Triton kernels ahead of time and read their machine code",
+        "triton",
     ),
 }
 
@@ -158,7 +163,7 @@ def run_verify(options: argparse.Namespace) -> int:
     cases = list(with_progress(verify.run(names, options.quick), total, "verifying"))
     report = verify_report(cases, names, options.quick, time.monotonic() - began)
     if options.json is not None:
-        text = json.dumps(report, indent=1)
+        text = json.dumps(report)
         if options.json == "-":
             print(text)
         else:
@@ -308,6 +313,7 @@ def write_atomically(path: Path, text: str) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
+        os.chmod(temporary, 0o644)  # temporary files are private
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

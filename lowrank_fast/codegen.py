@@ -1,4 +1,5 @@
-"""`lowrank-fast codegen`: compile every Triton kernel configuration ahead of time and read its machine code. No GPU needed.
+"""`lowrank-fast codegen`: compile every Triton kernel configuration ahead of time and read its machine code. No GPU
+needed.
 
 For sm_80, sm_90, sm_100 and gfx942: registers, spills, shared memory, CTAs per SM, bytes in flight per SM, width of the
 streaming loads, asynchronous copies, matrix instructions, atomics, DRAM bytes by formula and a modelled time. What is
@@ -33,7 +34,7 @@ COLUMNS = (
 class Config(NamedTuple):
     """One call of one op: what decides which kernels run and how they are compiled."""
 
-    op: str  # "residual", "dx", "batch", "sample", "static" or "token"
+    op: str  # "residual", "dx", "batch", "static" or "token"
     direction: str  # "forward" or "backward"
     T: int
     d: int
@@ -48,7 +49,7 @@ class Config(NamedTuple):
         text = f"{self.op} {self.direction} T={self.T} d={self.d} r={self.rank} {self.dtype}"
         if self.parameter != self.dtype:
             text += f"/{self.parameter}"
-        if self.op in ("batch", "sample", "static", "token"):
+        if self.op in ("batch", "static", "token"):
             text += f" E={self.experts} on {self.router_input}"
         return text + (" dropout" if self.dropout else "")
 
@@ -59,19 +60,16 @@ def configurations(quick: bool = False) -> list[Config]:
     found += [_config(op, "backward", 8192, r) for r in (16, 32, 64) for op in ("residual", "dx")]
     if quick:
         return found
-    for r in (16, 32, 64):
-        for op in ("batch", "token"):
-            for on in ("t", "x") if r != 32 else ("t",):
-                found += [_config(op, way, 8192, r, on=on) for way in ("forward", "backward")]
-    found += [_config(op, way, 8192, 16) for op in ("sample", "static") for way in ("forward", "backward")]
-    found += [_config(op, way, 8192, 8) for op in ("residual", "token") for way in ("forward", "backward")]
-    found += [_config("residual", way, 8192, 128) for way in ("forward", "backward")]
-    found += [_config(op, way, 8192, 16, dropout=True) for op in ("residual", "dx") for way in ("forward", "backward")]
-    found += [_config(op, way, 8192, 16, parameter="float32") for op in ("residual", "batch") for way in ("forward", "backward")]
+    for op, on in (("batch", "t"), ("batch", "x"), ("token", "t"), ("token", "x")):
+        for r in (16, 64) if on == "t" else (16,):
+            found += [_config(op, way, 8192, r, on=on) for way in ("forward", "backward")]
+    found += [_config("static", way, 8192, 32) for way in ("forward", "backward")]
+    found += [_config("residual", way, 8192, r) for r in (8, 128) for way in ("forward", "backward")]
+    found += [_config("residual", way, 8192, 16, dropout=True) for way in ("forward", "backward")]
+    found += [_config("residual", way, 8192, 16, parameter="float32") for way in ("forward", "backward")]
     found += [_config("residual", way, 8192, 16, "float16") for way in ("forward", "backward")]
-    for op in ("residual", "batch", "token"):
-        found += [_config(op, way, 8192, 16, "float32") for way in ("forward", "backward")]
-    return list(dict.fromkeys(c for c in found if not (c.op == "dx" and c.direction == "forward")))
+    found += [_config(op, way, 8192, 16, "float32") for op in ("residual", "token") for way in ("forward", "backward")]
+    return list(dict.fromkeys(found))
 
 
 def _config(
@@ -99,7 +97,7 @@ def _call(c: Config) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     activation, parameter = getattr(torch, c.dtype), getattr(torch, c.parameter)
-    shape = (4, c.T // 4) if c.op == "sample" else (c.T,)
+    shape = (c.T,)
     y, x, g = (meta(*shape, c.d, dtype=activation) for _ in range(3))
     A, t = meta(c.rank, c.d, dtype=parameter), meta(*shape, c.rank)
     p, seed = (0.1, meta(2, dtype=torch.int64)) if c.dropout else (0.0, None)
@@ -119,7 +117,7 @@ def _call(c: Config) -> None:
         backend.routed_projection(y, x, A, B, R, weights, None, 0.5, c.op, c.router_input, p, seed)
         return
     probabilities = meta(0) if static else meta(*shape, c.experts)
-    w = meta(4, c.experts) if c.op == "sample" else meta(0 if c.op == "token" else c.experts)
+    w = meta(0 if c.op == "token" else c.experts)
     needs = [True, True, True, not static, static]
     backend.routed_projection_backward(
         g, x, t, probabilities, w, A, B, R, None, None, 0.5, c.op, c.router_input, p, seed, needs
@@ -162,7 +160,10 @@ def _tasks(configs: list[Config], architectures: list[str]) -> Iterator[tuple[Co
 
 
 def compile_all(
-    configs: list[Config], architectures: list[str], jobs: int, progress: Callable[[int, int], None] = lambda done, of: None
+    configs: list[Config],
+    architectures: list[str],
+    jobs: int,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[dict[str, Any]]:
     """Facts of every distinct kernel, in the order of the configurations."""
     tasks = list(_tasks(configs, architectures))
@@ -203,13 +204,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `lowrank-fast codegen`."""
     parser.add_argument("--json", metavar="FILE", help='write {"kernels": [...]} to FILE')
     parser.add_argument("--table", metavar="FILE", help="write the table as Markdown to FILE")
-    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this one (repeatable; default: all)")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--arch", action="append", choices=ARCHITECTURES, help="only this one (repeatable; default: all)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="the residual add alone")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compile, print the table, write files; 0 when every kernel is sound, 1 when one is not, 2 when none can be compiled."""
+    """Compile, print the table, write files; 0 when every kernel is sound, 1 when one is not, 2 when none can be
+    compiled."""
     reason = unavailable_reason()
     if reason:
         print(f"lowrank-fast codegen: {reason}", file=sys.stderr)
@@ -254,13 +260,15 @@ def table(kernels: list[dict[str, Any]], configs: list[Config], architectures: l
     """The report: one row per kernel, then the modelled fraction of the copy bandwidth per op."""
     import triton
 
-    head = ["kernel", "configuration", "arch", "regs", "spill", "shared KB", "CTA/SM", "KB in flight", "load B", "async",
-            "matrix", "atomic", "DRAM MB", "model µs", ""]  # fmt: skip
+    head = [
+        "kernel", "configuration", "arch", "regs", "spill", "shared KB", "CTA/SM", "KB in flight", "load B", "async",
+        "matrix", "atomic", "DRAM MB", "model µs", "",
+    ]  # fmt: skip
     lines = [
         "# Triton kernels: machine code and modelled time",
         "",
-        f"Written by `lowrank-fast codegen` with Triton {triton.__version__}, from machine code compiled without a GPU. "
-        "DRAM bytes and times are a **model**, not a measurement. Loads and asynchronous copies concern the streamed "
+        f"Written by `lowrank-fast codegen` with Triton {triton.__version__}, from code compiled without a GPU.",
+        "DRAM bytes and times are a **model**, not a measurement. Loads and async copies concern the streamed",
         "activations; `KB in flight` is per multiprocessor.",
         "",
         "| " + " | ".join(head) + " |",
@@ -268,23 +276,24 @@ def table(kernels: list[dict[str, Any]], configs: list[Config], architectures: l
     ]
     for row in kernels:
         cells = [
-            row["kernel"], row["config"], row["arch"], row["registers"], row["spills"], f"{row['shared_bytes'] / 1024:.0f}",
-            row["ctas_per_sm"], f"{row['bytes_in_flight'] / 1024:.0f}", row["load_bytes"] or "–", row["async_copies"],
-            row["tensor_ops"], row["atomics"], f"{row['dram_bytes'] / 1e6:.1f}", f"{row['model_seconds'] * 1e6:.1f}",
-            "; ".join(faults(row)),
+            row["kernel"], row["config"], row["arch"], row["registers"], row["spills"],
+            f"{row['shared_bytes'] / 1024:.0f}", row["ctas_per_sm"], f"{row['bytes_in_flight'] / 1024:.0f}",
+            row["load_bytes"] or "–", row["async_copies"], row["tensor_ops"], row["atomics"],
+            f"{row['dram_bytes'] / 1e6:.1f}", f"{row['model_seconds'] * 1e6:.1f}", "; ".join(faults(row)),
         ]  # fmt: skip
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join([*lines, "", *_summary(configs, architectures)]) + "\n"
 
 
 def _summary(configs: list[Config], architectures: list[str]) -> list[str]:
-    """Whole ops: launches, passes over the activations, and the fraction of the copy bandwidth, beside other implementations."""
+    """Whole ops: launches, passes over the activations, and the fraction of the copy bandwidth, beside other
+    implementations."""
     model = backend.kernels("model")
     lines = [
         "## Whole operations (model)",
         "",
-        "Floor: 3 passes over `[T, d]` (2 where `x` alone needs a gradient) at the copy bandwidth. `fraction` takes L2 to deliver "
-        "twice the copy bandwidth; `strict` charges every re-read as if it missed L2.",
+        "Floor: 3 passes over `[T, d]` (2 where `x` alone needs a gradient) at the copy bandwidth. `fraction` takes L2",
+        "to deliver twice the copy bandwidth; `strict` charges every re-read as if it missed L2.",
         "",
         "| operation | arch | launches | DRAM passes | model µs | fraction | strict |",
         "|---|---|---|---|---|---|---|",
@@ -299,8 +308,8 @@ def _summary(configs: list[Config], architectures: list[str]) -> list[str]:
             ours, strict = (sum(values) for values in zip(*times, strict=True))
             floor = (2 if config.op == "dx" else 3) * one / rate
             lines.append(
-                f"| {config} | {architecture} | {len(recorded)} | {passes:.2f} | {ours * 1e6:.1f} | {floor / ours:.0%} | "
-                f"{floor / strict:.0%} |"
+                f"| {config} | {architecture} | {len(recorded)} | {passes:.2f} | {ours * 1e6:.1f} | "
+                f"{floor / ours:.0%} | {floor / strict:.0%} |"
             )
     lines += ["", "## The same model for other implementations (residual add, T = 8192, d = 4096, bfloat16, H100)", ""]
     lines += ["| direction | implementation | passes | model µs | fraction |", "|---|---|---|---|---|"]

@@ -1,5 +1,5 @@
-"""Bad input gets an error before any work: of the right type, naming the operation, the argument, what it was and what it
-must be, and with no tensor changed.
+"""Bad input gets an error before any work: of the right type, naming the operation, the argument, what it was and what
+it must be, and with no tensor changed.
 
 A case is an operation, a change to a valid call, the error's type and fragments that its message must hold.
 """
@@ -173,7 +173,12 @@ def test_a_dropout_probability_outside_zero_to_one_is_refused(op, p):
 # ------------------------------------------------------------------------------------------------ routing
 
 ROUTED = [
-    ("unknown routing", {"routing": "tokens"}, ValueError, ("routing", "'batch', 'sample', 'token', 'static'", "'tokens'")),
+    (
+        "unknown routing",
+        {"routing": "tokens"},
+        ValueError,
+        ("routing", "'batch', 'sample', 'token', 'static'", "'tokens'"),
+    ),
     ("routing None", {"routing": None}, ValueError, ("routing", "'batch', 'sample', 'token', 'static'", "got None")),
     ("unknown router input", {"router_input": "y"}, ValueError, ("router_input must be 't' or 'x'", "got 'y'")),
     ("router on x of width r", {"router_input": "x"}, ValueError, ("R must be [E=4, 8]", "router_input='x'", "[4, 3]")),
@@ -298,7 +303,7 @@ def test_inplace_on_an_inference_tensor_that_autograd_would_record_is_refused(op
         return {**arguments, "y": y, "B": arguments["B"].requires_grad_(), "inplace": True}
 
     before = y.clone()
-    with pytest.raises(RuntimeError, match="(?i)inference"):
+    with pytest.raises(RuntimeError, match=r"(?i)inference"):
         getattr(functional, op)(**change(_valid(op)))
     assert_same_bits(y, before)
 
@@ -395,8 +400,8 @@ def test_an_out_shifted_against_y_is_refused():
 def test_an_unknown_backend_is_refused_before_any_call(op):
     arguments = _valid(op)
     before = {name: value.clone() for name, value in arguments.items()}
-    with pytest.raises(ValueError, match="backend must be one of 'cuda', 'triton', 'cpu', 'reference'; got 'gpu'"):
-        with use_backend("gpu"):
-            getattr(functional, op)(**arguments)
+    says = "backend must be one of 'cuda', 'triton', 'cpu', 'reference'; got 'gpu'"
+    with pytest.raises(ValueError, match=says), use_backend("gpu"):
+        getattr(functional, op)(**arguments)
     for name, value in arguments.items():
         assert_same_bits(value, before[name], name)

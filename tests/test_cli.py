@@ -186,9 +186,10 @@ def test_bench_passes_its_options_to_the_suite_and_returns_its_status(monkeypatc
     assert seen == [7]
 
 
-def test_bench_has_the_options_of_the_installed_suite(capsys):
-    pytest.importorskip("lowrank_fast.bench.cli")
+@pytest.mark.parametrize(("command", "option"), [("bench", "--suite"), ("codegen", "--arch")])
+def test_a_delegated_command_has_the_options_of_its_module(command, option, capsys):
+    pytest.importorskip(cli.DELEGATED[command][0], exc_type=ModuleNotFoundError)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["bench", "--help"])
+        cli.main([command, "--help"])
     assert ended.value.code == 0
-    assert "--suite" in capsys.readouterr().out
+    assert option in capsys.readouterr().out

@@ -1,5 +1,5 @@
-"""The closed-form backwards of `lowrank_fast.fallback` against autograd of `lowrank_fast.reference`, in float64, for every
-combination of needed gradients, masks, routing, router input and dropout.
+"""The closed-form backwards of `lowrank_fast.fallback` against autograd of `lowrank_fast.reference`, in float64, for
+every combination of needed gradients, masks, routing, router input and dropout.
 """
 
 from __future__ import annotations

@@ -87,9 +87,7 @@ def test_means_leave_out_masked_tokens_as_if_they_were_not_there(routing, router
     """The weights equal those of a call with the padding cut away, sample by sample."""
     y, x, A, B = _random(2, 3, 5), _random(2, 3, 4), _random(2, 4), _random(3, 5, 2)
     R = _random(3, 2 if router_input == "t" else 4)
-    out = reference.routed_projection(
-        y, x, A, B, R, routing=routing, router_input=router_input, token_mask=TOKEN_MASK
-    )
+    out = reference.routed_projection(y, x, A, B, R, routing=routing, router_input=router_input, token_mask=TOKEN_MASK)
     if routing == "batch":
         cut = reference.routed_projection(y[TOKEN_MASK], x[TOKEN_MASK], A, B, R, router_input=router_input)
         torch.testing.assert_close(out[TOKEN_MASK], cut, rtol=1e-12, atol=1e-12)
@@ -269,7 +267,7 @@ def test_philox_gives_the_published_answers(counter, key, expected):
 
 
 def test_the_dropout_mask_is_the_specified_words_of_philox():
-    """Element (i, 64 q + 16 w + l) from word w of counter (16 q + l, i low, i high, stream), against scalar arithmetic."""
+    """Element (i, 64 q + 16 w + l) from word w of counter (16 q + l, i low, i high, stream), one scalar at a time."""
     seed = torch.tensor([-7_000_000_001, 5], dtype=torch.int64)
     key = (int(seed[0]) & 0xFFFFFFFF, (int(seed[0]) >> 32) & 0xFFFFFFFF)
     mask = reference.dropout_mask(seed, 3, 150, 0.3)

@@ -1,5 +1,5 @@
-"""One build runs every instruction set that the CPU has: each is chosen by `LOWRANK_FAST_CPU_ISA` in a process of its own
-and held to the float64 reference; one that the CPU lacks is an error that lists those it has.
+"""One build runs every instruction set that the CPU has: each is chosen by `LOWRANK_FAST_CPU_ISA` in a process of its
+own and held to the float64 reference; one that the CPU lacks is an error that lists those it has.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def test_an_instruction_set_that_is_not_there_is_an_error_that_lists_those_that_
 
 def test_set_isa_refuses_what_the_environment_refuses_and_leaves_the_choice():
     before = _C.isa()
-    with pytest.raises(ValueError, match="LOWRANK_FAST_CPU_ISA must be one of those this CPU runs .*baseline.*got sse9"):
+    with pytest.raises(
+        ValueError, match=r"LOWRANK_FAST_CPU_ISA must be one of those this CPU runs .*baseline.*got sse9"
+    ):
         _C.set_isa("sse9")
     assert _C.isa() == before

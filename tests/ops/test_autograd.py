@@ -1,4 +1,4 @@
-"""What autograd and autocast may expect: double backward refused, hooks, accumulation, checkpointing, `no_grad`, dtypes."""
+"""What autograd and autocast may expect: double backward refused, accumulation, checkpointing, `no_grad`, dtypes."""
 
 from __future__ import annotations
 

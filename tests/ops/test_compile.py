@@ -50,6 +50,9 @@ def _samples(op: str) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
                 yield (g, x, t, A, B, 0.5, p, seed, True, True, True), {}
                 yield (g, None, t, A, B, 0.5, p, seed, True, False, False), {}
                 yield (g, None, t, A, B, 0.5, p, seed, False, False, True), {}
+            elif op == "residual_add_backward_out":
+                gradients = {"dx": torch.zeros_like(x), "dA": torch.zeros_like(A), "dB": torch.zeros_like(B)}
+                yield (g, x, t, A, B, 0.5, p, seed), gradients
             elif op == "shrink":
                 yield (x, A, p, seed), {}
             elif op == "shrink_backward":

@@ -1,4 +1,4 @@
-"""`shrink` and `expand_add` on every backend: together they are `residual_add`, apart they take a `t` that has travelled."""
+"""`shrink` and `expand_add` on every backend: together they are `residual_add`, apart they take a travelled `t`."""
 
 from __future__ import annotations
 

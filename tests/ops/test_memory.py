@@ -70,14 +70,14 @@ def test_halves_keep_x_and_t(backend):
 @pytest.mark.parametrize(("routing", "weights"), [("batch", EXPERTS), ("sample", 5 * EXPERTS), ("token", 0)])
 @pytest.mark.parametrize("router_input", ["t", "x"])
 def test_routed_projection_keeps_t_and_probabilities_beyond_x(backend, routing, weights, router_input):
-    problem = Routed(
-        (5, TOKENS // 5), D, 96, RANK, experts=EXPERTS, routing=routing, router_input=router_input
-    )
+    problem = Routed((5, TOKENS // 5), D, 96, RANK, experts=EXPERTS, routing=routing, router_input=router_input)
     kept = _kept(problem, backend, "yxABR")
     assert sum(tensor.numel() for tensor in kept) == TOKENS * RANK + TOKENS * EXPERTS + weights
 
 
-@pytest.mark.parametrize(("router_input", "needs", "keeps_x"), [("t", "xBR", False), ("x", "xB", False), ("x", "R", True)])
+@pytest.mark.parametrize(
+    ("router_input", "needs", "keeps_x"), [("t", "xBR", False), ("x", "xB", False), ("x", "R", True)]
+)
 def test_routed_projection_keeps_x_only_for_a_and_a_router_on_x(backend, router_input, needs, keeps_x):
     problem = Routed((5, TOKENS // 5), D, 96, RANK, router_input=router_input)
     kept = _kept(problem, backend, needs, besides="ABR")
@@ -157,7 +157,11 @@ def test_inplace_where_autograd_records_gives_the_gradients_of_the_fresh_call(ba
 
 
 def test_inputs_keep_their_bits_in_forward_and_backward(backend):
-    for problem in (ResidualAdd(needs=frozenset("yxAB")), Routed(needs=frozenset("yxABR")), Halves(needs=frozenset("yxAB"))):
+    for problem in (
+        ResidualAdd(needs=frozenset("yxAB")),
+        Routed(needs=frozenset("yxABR")),
+        Halves(needs=frozenset("yxAB")),
+    ):
         inputs, g = problem.tensors(device_of(backend))
         before = {name: value.clone() for name, value in inputs.items()}
         leaves = {name: value.requires_grad_() for name, value in inputs.items()}

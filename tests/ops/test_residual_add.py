@@ -155,3 +155,24 @@ def test_integer_scale_is_a_scale(backend):
     with use_backend(backend):
         as_int = functional.residual_add(*inputs.values(), 2)
         assert_same_bits(as_int, functional.residual_add(*inputs.values(), 2.0))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "padded_rows", "offset"])
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), MIXED, ids=str)
+def test_preallocated_backward_fills_its_buffers_and_nothing_around_them(dtype, parameter_dtype, layout):
+    problem = ResidualAdd((41,), 70, 53, 8, dtype, parameter_dtype, needs=frozenset("xAB"))
+    inputs, g = problem.tensors()
+    y, x, A, B = inputs.values()
+    ops = torch.ops.lowrank_fast
+    _, t = ops.residual_add(y, x, A, B, problem.scale, 0.0, None, True)
+    buffers = {
+        f"d{name}": guarded(torch.full_like(inputs[name], float("nan")), layout if name == "x" else "contiguous")
+        for name in "xAB"
+    }
+    with poisoned_memory():
+        views = {name: buffer.view for name, buffer in buffers.items()}
+        ops.residual_add_backward_out(g, x, t, A, B, problem.scale, 0.0, None, **views)
+    eager, truth = problem.eager(), problem.truth()
+    for name, buffer in buffers.items():
+        buffer.assert_only_the_view_changed()
+        assert_accurate(name, buffer.view, eager[name], truth[name], dtype)

@@ -1,4 +1,4 @@
-"""`routed_projection` on every backend: the four routings against float64, banks of any layout, masked gradients, `inplace`."""
+"""`routed_projection` on every backend: the four routings against float64, banks of any layout, masked gradients."""
 
 from __future__ import annotations
 
@@ -42,20 +42,16 @@ def test_every_routing_with_every_gradient(backend, dtype, routing, router_input
 
 
 @routings
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_mask_of_needed_gradients(backend, dtype, routing, router_input):
+def test_every_mask_of_needed_gradients(backend, routing, router_input):
     mixing = "weights" if routing == "static" else "R"
     for wanted in product((False, True), repeat=5):
         needs = frozenset(name for name, need in zip(("y", "x", "A", "B", mixing), wanted, strict=True) if need)
-        problem = Routed(
-            (2, 9), 34, 21, 4, dtype, dtype, needs=needs, routing=routing, router_input=router_input, masked=True
-        )
+        problem = Routed((2, 9), 34, 21, 4, needs=needs, routing=routing, router_input=router_input, masked=True)
         problem.assert_solved_by(backend)
 
 
 @routings
-@pytest.mark.parametrize("experts", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("rank", [1, 3, 8, 17])
+@pytest.mark.parametrize(("experts", "rank"), [(1, 8), (2, 1), (3, 3), (4, 8), (5, 17), (8, 4)])
 def test_every_number_of_experts(backend, routing, router_input, experts, rank):
     for dtype in (torch.float32, torch.bfloat16):
         problem = Routed(
@@ -107,9 +103,9 @@ def test_leading_dimensions_without_samples(backend, lead, routing):
 @routings
 def test_wide_rows_and_many_tokens(backend, routing, router_input):
     """More elements than one block of any kernel holds, with tails in every dimension."""
-    Routed(
-        (3, 307), 1029, 771, 8, needs=ALL, experts=4, routing=routing, router_input=router_input
-    ).assert_solved_by(backend)
+    Routed((3, 307), 1029, 771, 8, needs=ALL, experts=4, routing=routing, router_input=router_input).assert_solved_by(
+        backend
+    )
 
 
 @pytest.mark.parametrize("routing", ["batch", "sample"])

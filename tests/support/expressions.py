@@ -1,7 +1,7 @@
 """The operations written as the papers' code writes them, with nothing shared with `lowrank_fast.reference`.
 
-`residual_add` and `routed_projection` are the same-dtype PyTorch expressions of the accuracy rule: parameters are cast to
-the dtype of the activations and every step rounds to it, as eager code does. In float64 they are a second truth.
+`residual_add` and `routed_projection` are the same-dtype PyTorch expressions of the accuracy rule: parameters are cast
+to the dtype of the activations and every step rounds to it, as eager code does. In float64 they are a second truth.
 """
 
 from __future__ import annotations
@@ -69,7 +69,5 @@ def routed_projection(
     if routing == "batch":
         return lily_mix(y, t, bank, _mean(p, token_mask), scale)
     masks = [None] * y.shape[0] if token_mask is None else token_mask
-    samples = [
-        lily_mix(y[s], t[s], bank, _mean(p[s], masks[s]), scale) for s in range(y.shape[0])
-    ]
+    samples = [lily_mix(y[s], t[s], bank, _mean(p[s], masks[s]), scale) for s in range(y.shape[0])]
     return torch.stack(samples) if samples else y + 0.0 * (t.sum() + bank.sum() + p.sum())

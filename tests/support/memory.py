@@ -78,7 +78,9 @@ class Guarded:
 
     def assert_only_the_view_changed(self) -> None:
         now = self.buffer[self.outside]
-        assert torch.equal(now, self.before), f"{int((now != self.before).sum())} elements outside the view were written"
+        assert torch.equal(now, self.before), (
+            f"{int((now != self.before).sum())} elements outside the view were written"
+        )
 
 
 def guarded(values: Tensor, layout: str = "padded_rows", guard: int = 64) -> Guarded:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ from torch import Tensor
 from lowrank_fast import functional, reference, use_backend
 
 from . import expressions
-from .accuracy import DRAWS, assert_all_accurate, distance
+from .accuracy import DRAWS, Typical, assert_all_accurate, distance
 from .memory import laid_out, poisoned_memory
-from .targets import device_of
+from .targets import device_of, one_thread
 
 Results = dict[str, Tensor | None]
 
@@ -109,32 +110,39 @@ class Problem:
         with use_backend(backend), poisoned_memory():
             return evaluate(self.call, inputs, self.needs, g)
 
+    @one_thread()
     def eager(self, device: torch.device | str = "cpu") -> Results:
         inputs, g = self.tensors(device)
         keep = self.keep_mask(device)
         return evaluate(lambda **t: self.expression(keep, **t), inputs, self.needs, g)
 
+    @one_thread()
     def truth(self, device: torch.device | str = "cpu") -> Results:
         inputs, g = self.tensors(device)
         keep = self.keep_mask(device)
         exact = {name: value.double() for name, value in inputs.items()}
         return evaluate(lambda **t: self.reference(keep, **t), exact, self.needs, g.double())
 
-    def typical_error(self, name: str) -> float:
-        """The largest relative error that the PyTorch expression makes in the result `name` over other draws."""
-        errors = [0.0]
+    def typical(self, name: str, backend: str) -> Typical:
+        """Relative errors of the result `name` over other draws of this problem."""
+        device = device_of(backend)
+        ours, eager = [], []
         for draw in range(1, DRAWS + 1):
             other = self.but(seed=self.seed + draw, needs=self.needs & {name[1:]})
-            truth, eager = other.truth()[name], other.eager()[name]
-            if truth is not None and eager is not None and truth.any():
-                errors.append(distance(eager, truth) / truth.norm().item())
-        return max(errors)
+            truth, got, plain = (
+                results[name] for results in (other.truth(device), other.ours(backend), other.eager(device))
+            )
+            assert truth is not None and got is not None and plain is not None
+            norm = truth.norm().item() or 1.0
+            ours.append(distance(got, truth) / norm)
+            eager.append(distance(plain, truth) / norm)
+        return Typical(median(ours), median(eager), max(eager))
 
     def assert_solved_by(self, backend: str) -> None:
         """The backend passes the accuracy rule for the output and every needed gradient."""
         device = device_of(backend)
         results = self.ours(backend), self.eager(device), self.truth(device)
-        assert_all_accurate(*results, self.dtype, self.typical_error)
+        assert_all_accurate(*results, self.dtype, lambda name: self.typical(name, backend))
 
     def but(self, **changes: object) -> Problem:
         return replace(self, **changes)  # type: ignore[arg-type]

@@ -18,4 +18,4 @@ def run_python(code: str, *arguments: str, **environment: str | None) -> subproc
         if value is not None:
             variables[name] = value
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=variables, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=variables, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)

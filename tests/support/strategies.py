@@ -1,7 +1,7 @@
 """Hypothesis strategies for problems: the sizes, layouts and settings where kernels break.
 
-Tokens from 0 to 300 in one to four leading dimensions (or none), dimensions that are multiples of nothing, ranks 1 to 64,
-1 to 8 experts, every layout of memory, every mask of needed gradients.
+Tokens from 0 to 300 in one to four leading dimensions (or none), dimensions that are multiples of nothing, ranks 1 to
+64, 1 to 8 experts, every layout of memory, every mask of needed gradients.
 """
 
 from __future__ import annotations

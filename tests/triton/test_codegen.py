@@ -1,0 +1,97 @@
+"""Machine code of the shipped kernels, and the command that shows it. Compiled in a subprocess: this one interprets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+KEYS = {
+    "kernel", "config", "arch", "registers", "spills", "shared_bytes", "ctas_per_sm", "bytes_in_flight", "load_bytes",
+    "async_copies", "tensor_ops", "atomics", "dram_bytes", "model_seconds",
+}  # fmt: skip
+COMMAND = (
+    "import argparse, sys; from lowrank_fast import codegen; parser = argparse.ArgumentParser(); "
+    "codegen.add_arguments(parser); sys.exit(codegen.run(parser.parse_args()))"
+)
+
+
+def codegen(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables |= {"TRITON_DEFAULT_FP_FUSION": "1"} | environment
+    return subprocess.run(
+        [sys.executable, "-c", COMMAND, *arguments],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def check(file: Path, architectures: set[str]) -> list[dict[str, object]]:
+    rows = json.loads(file.read_text())["kernels"]
+    assert {row["arch"] for row in rows} == architectures
+    for row in rows:
+        where = f"{row['kernel']} {row['config']} {row['arch']}"
+        assert row.keys() >= KEYS, where
+        assert row["spills"] == 0 and row["local_accesses"] == 0, where
+        assert row["atomics"] == 0, where
+        assert row["load_bytes"] in (0, 16), where
+        assert row["synchronous_streams"] == 0 or row["arch"] == "gfx942", where
+        assert row["tensor_ops"] > 0 or row["dots"] == 0 or " float32" in row["config"], where
+        assert row["ctas_per_sm"] >= 1, where
+        long = any(f" T={T} " in row["config"] for T in (4096, 8192))
+        thin = any(f" r={r} " in row["config"] for r in (8, 16, 32))
+        if row["arch"] == "sm_90" and long and thin and row["load_bytes"] and " float32" not in row["config"]:
+            assert row["bytes_in_flight"] >= 32 << 10, where
+    return rows
+
+
+def test_residual_add_on_one_architecture(tmp_path: Path) -> None:
+    done = codegen("--quick", "--arch", "sm_90", "--json", str(tmp_path / "k.json"))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    check(tmp_path / "k.json", {"sm_90"})
+
+
+@pytest.mark.slow
+def test_every_kernel_on_every_architecture(tmp_path: Path) -> None:
+    done = codegen("--json", str(tmp_path / "k.json"), TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    check(tmp_path / "k.json", {"sm_80", "sm_90", "sm_100", "gfx942"})
+
+
+def test_the_interpreter_is_refused() -> None:
+    done = codegen("--quick", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip()
+        == "lowrank-fast codegen: TRITON_INTERPRET must not be 1: interpreted kernels cannot be compiled"
+    )
+
+
+def fraction(config_text: str, launches: str, need: float) -> None:
+    """The modelled fraction of the copy bandwidth that the issue asks for, from formulas alone."""
+    code = (
+        "from lowrank_fast import codegen, triton_backend as b; m = b.kernels('model'); "
+        f"c = {config_text}; found = codegen.launches(c, 'sm_90'); assert {launches}; "
+        "total = sum(m.seconds(one, 'sm_90')[0] for one in found); print(3 * c.T * c.d * 2 / 3.0e12 / total)"
+    )
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) >= need, done.stdout
+
+
+def test_modelled_forward_reaches_85_percent_of_the_copy_bandwidth() -> None:
+    fraction("codegen._config('residual', 'forward', 8192, 16)", "len(found) == 1", 0.85)
+
+
+def test_modelled_backward_reaches_75_percent_of_the_copy_bandwidth() -> None:
+    fraction("codegen._config('residual', 'backward', 8192, 16)", "len(found) == 3", 0.75)

@@ -1,0 +1,93 @@
+"""Launches: made by the backend, then run, or recorded for `lowrank-fast codegen` and for the tests that count them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from .table import ARCHITECTURES
+
+
+class Launch(NamedTuple):
+    """One kernel launch: positional arguments, then the compile-time constants by name."""
+
+    name: str
+    kernel: Any
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+
+_observer: Callable[[Launch], bool] | None = None
+_architecture: str | None = None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def run(launch: Launch) -> None:
+    """Run a launch on the current stream, or hand it to the observer."""
+    if min(launch.grid) == 0 or (_observer is not None and _observer(launch)):
+        return
+    if not interpreted():
+        launch.kernel[launch.grid](
+            *launch.args, **launch.constants, num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True
+        )
+    else:
+        launch.kernel[launch.grid](*launch.args, **launch.constants)
+
+
+@contextmanager
+def observing(observer: Callable[[Launch], bool], architecture: str | None = None) -> Iterator[None]:
+    """Show every launch inside the block to `observer`, which returns True to keep it from running.
+
+    With `architecture`, launches are planned for that one, whatever the tensors' device (`meta` tensors do).
+    """
+    global _observer, _architecture
+    if architecture is not None and architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}; got {architecture!r}")
+    previous = _observer, _architecture
+    _observer, _architecture = observer, architecture
+    try:
+        yield
+    finally:
+        _observer, _architecture = previous
+
+
+_by_device: dict[torch.device, str] = {}
+
+
+def architecture(device: torch.device) -> str:
+    """The table's architecture for a device; raises RuntimeError for one that the kernels do not support."""
+    if _architecture is not None:
+        return _architecture
+    known = _by_device.get(device)
+    if known is None:
+        known = _by_device[device] = _detect(device)
+    return known
+
+
+def _detect(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "sm_90"
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            name = torch.cuda.get_device_name(device)
+            raise RuntimeError(
+                f"the Triton kernels need compute capability 8.0 (Ampere) or newer; {name} has {major}.{minor}"
+            )
+        return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
+    if device.type == "cuda":
+        return "gfx942"
+    if device.type == "xpu":
+        return "sm_80"
+    raise RuntimeError(f"the Triton kernels run on CUDA, ROCm and XPU tensors; got a tensor on {device}")

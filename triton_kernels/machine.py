@@ -1,0 +1,168 @@
+"""What a kernel became: ahead-of-time compilation without a driver, and what its machine code says.
+
+`compile_launch(launch, architecture)` compiles exactly what that launch would run (same constants, same knowledge of
+alignment), `inspect` reads registers, spills, shared memory, load widths, asynchronous copies, matrix instructions and
+atomics from the machine code, with the disassembler in Triton's wheel, and the streams (loads marked `evict_first`)
+from the compiler's last representation.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .launch import Launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Per multiprocessor (compute unit): shared memory, of which 1 KB per CTA is taken by the system, registers,
+# threads, CTAs.
+LIMITS = {
+    "sm_80": (164 << 10, 65536, 2048, 32),
+    "sm_90": (228 << 10, 65536, 2048, 32),
+    "sm_100": (228 << 10, 65536, 2048, 32),
+    "gfx942": (64 << 10, 131072, 2048, 32),
+}
+LARGEST_BLOCK = {
+    "sm_80": 163 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+}  # shared memory of a CTA
+_TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8",
+}  # fmt: skip
+
+
+def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+    """Types, constants and alignments of a launch's arguments, as Triton's own launcher specialises them."""
+    types: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    fixed = set(launch.kernel.do_not_specialize or ())
+    for index, name in enumerate(launch.kernel.arg_names):
+        value = launch.args[index] if index < len(launch.args) else launch.constants[name]
+        one = isinstance(value, int) and value == 1 and name not in fixed
+        if index >= len(launch.args) or value is None or one:
+            types[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            types[name], attributes[(index,)] = "*" + _TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        else:
+            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and name not in fixed:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+def compile_launch(launch: Launch, architecture: str) -> Any:
+    """The compiled kernel of a launch; needs no device and no driver."""
+    types, constants, attributes = signature(launch)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    return triton.compile(
+        ASTSource(launch.kernel, types, constants, attributes), target=TARGETS[architecture], options=options
+    )
+
+
+def _tool(name: str, binary: bytes, *arguments: str) -> str:
+    folder = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [os.path.join(folder, name), *arguments, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _streams(ttgir: str) -> tuple[int, int]:
+    """Of the loads marked `evict_first`: bytes per access of the narrowest, and how many are not asynchronous."""
+    layouts = {
+        name: [int(n) for n in sizes.split(",")]
+        for name, sizes in re.findall(r"^(#\w+) = #ttg\.blocked<\{sizePerThread = \[([\d, ]+)\]", ttgir, re.MULTILINE)
+    }
+    narrowest, synchronous = 1 << 10, 0
+    for line in ttgir.splitlines():
+        if not re.search(r"tt\.load|async_copy_global_to_local|buffer_load", line):
+            continue
+        if not re.search(r"evict_first|evictionPolicy = 2", line):
+            continue
+        found = re.search(r"tensor<(?:\d+x)+!?(?:tt\.ptr<)?(\w+?)(\d+)>?, (#\w+)>", line)
+        if found is None:
+            continue
+        contiguity = re.search(r"contiguity = (\d+)", line)
+        elements = int(contiguity.group(1)) if contiguity else max(layouts.get(found.group(3), [1]))
+        narrowest = min(narrowest, elements * int(found.group(2)) // 8, 16)
+        synchronous += "async_copy" not in line
+    return (0 if narrowest == 1 << 10 else narrowest), synchronous
+
+
+def _nvidia(kernel: Any) -> dict[str, Any]:
+    usage = _tool("cuobjdump", kernel.asm["cubin"], "-res-usage")
+    sass = _tool("nvdisasm", kernel.asm["cubin"], "-c")
+    operations: Counter[str] = Counter(
+        re.findall(r"^\s+(?:/\*\w+\*/)?\s*(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_]+)", sass, re.MULTILINE)
+    )
+
+    def total(*names: str) -> int:
+        return sum(count for name, count in operations.items() if name in names)
+
+    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": resources["REG"],
+        "spills": resources["STACK"] + resources.get("LOCAL", 0),
+        "local_accesses": total("LDL", "STL"),
+        "async_copies": total("LDGSTS", "UBLKCP", "UTMALDG"),
+        "tensor_ops": total("HMMA", "HGMMA", "UTCHMMA", "UTCMMA", "IMMA", "DMMA"),
+        "atomics": total("ATOM", "ATOMG", "ATOMS", "RED", "REDG"),
+    }
+
+
+def _amd(kernel: Any) -> dict[str, Any]:
+    text = kernel.asm["amdgcn"]
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, text)
+        return int(found.group(1)) if found else 0
+
+    return {
+        "registers": number(r"\.vgpr_count:\s+(\d+)"),
+        "spills": number(r"\.private_segment_fixed_size:\s+(\d+)") + 4 * number(r"\.vgpr_spill_count:\s+(\d+)"),
+        "local_accesses": len(re.findall(r"\bscratch_(?:load|store)", text)),
+        "async_copies": len(re.findall(r"\b(?:global|buffer)_load\w*.*\blds\b", text)),
+        "tensor_ops": len(re.findall(r"\bv_mfma_", text)),
+        "atomics": len(re.findall(r"\b(?:global|buffer|flat|ds)_(?:atomic|add_f|pk_add)", text)),
+    }
+
+
+def inspect(launch: Launch, architecture: str) -> dict[str, Any]:
+    """Compile a launch and read its machine code: see the keys below; sizes in bytes."""
+    kernel = compile_launch(launch, architecture)
+    facts = _amd(kernel) if architecture == "gfx942" else _nvidia(kernel)
+    shared = int(kernel.metadata.shared)
+    memory, registers, threads, most = LIMITS[architecture]
+    per_cta = launch.warps * TARGETS[architecture].warp_size
+    by_registers = registers // (-(-max(facts["registers"], 1) // 8) * 8 * per_cta)
+    narrowest, synchronous = _streams(kernel.asm["ttgir"])
+    facts.update(
+        shared_bytes=shared,
+        ctas_per_sm=max(0, min(memory // (shared + 1024), by_registers, threads // per_cta, most)),
+        load_bytes=narrowest,
+        synchronous_streams=synchronous,
+        dots=len(
+            re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma|tt\.dot_scaled)\b", kernel.asm["ttgir"])
+        ),
+    )
+    return facts

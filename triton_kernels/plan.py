@@ -1,0 +1,198 @@
+"""From shapes to launches: tiles, grids and arguments of each kernel, for one launch at a time.
+
+Everything is decided from shapes, dtypes and the architecture's row of `table.py`: no device query, no host
+synchronisation. Activations are `[T, d]` with unit inner stride here, factors have any strides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import dropout_threshold
+from . import launch, table
+from .expand import expand_kernel
+from .residual_add import residual_add_kernel
+from .shrink import shrink_kernel
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def padded(n: int) -> int:
+    """A rank or a number of experts as the kernels hold it: at least 16, a power of two."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def padded_experts(n: int) -> int:
+    """Experts as a rank-`E r` factor holds them: a power of two, beside a rank that is padded itself."""
+    return 1 << (n - 1).bit_length()
+
+
+def dropout(p: float, seed: Tensor | None) -> tuple[bool, int, float]:
+    """Whether there is dropout, its threshold, and the factor of what is kept."""
+    if p == 0.0 or seed is None:
+        return False, 0, 1.0
+    return True, dropout_threshold(p), 1.0 / (1.0 - p)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`[.., d]` as `[T, d]` with unit inner stride, copied only where strides leave no other way."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def place(op: str, x: Tensor, *others: Tensor | None) -> str:
+    """The architecture for tensors on the device of `x`; raises for what the kernels do not run."""
+    for tensor in others:
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{op}: all tensors must be on {x.device}; got one on {tensor.device}")
+    if x.dtype is torch.float64:
+        raise RuntimeError("backend 'triton' runs float32, bfloat16 and float16; float64 runs on 'reference' only")
+    if x.device.type == "cpu" and not launch.interpreted():
+        raise RuntimeError(
+            f"{op}: backend 'triton' runs CPU tensors only in Triton's interpreter; "
+            "set TRITON_INTERPRET=1 before starting"
+        )
+    return launch.architecture(x.device)
+
+
+def pick(kernel: str, arch: str, x: Tensor, width: int, T: int) -> Any:
+    return table.row(kernel, arch, x.element_size(), width, T)
+
+
+def chunks(rank: int) -> list[slice]:
+    """The ranks that one launch takes at a time."""
+    widest = table.WIDEST
+    return [slice(first, min(first + widest, rank)) for first in range(0, rank, widest)]
+
+
+def segment(d: int, tile: Any) -> tuple[int, int]:
+    """Tiles of `D` in one run, and the number of runs."""
+    tiles = cdiv(d, tile.inner)
+    segment = max(1, cdiv(tiles, table.SEGMENTS))
+    return segment, max(1, cdiv(tiles, segment))
+
+
+def runs(rows: int, tile: Any, columns: int, groups: int, rank: int, arch: str) -> tuple[int, int]:
+    """Rows of one run (a multiple of the tile) and runs per group: enough programs to fill the machine once, and not so
+    many that their partials (`4 r` bytes per column each) cost more than an eighth of the rows that they reduce."""
+    blocks = max(1, cdiv(rows, tile.rows))
+    wanted = max(1, table.PROCESSORS[arch] // max(1, columns * groups))
+    affordable = max(1, rows // (4 * rank))
+    per_run = cdiv(blocks, min(wanted, affordable, blocks))
+    return per_run * tile.rows, cdiv(blocks, per_run)
+
+
+def fused(
+    op: str, x: Tensor, A: Tensor, y: Tensor | None, B: Tensor, out: Tensor, t_out: Tensor | None,
+    scale_t: float, scale_out: float, seed: Tensor | None, threshold: int, drop: str,
+) -> None:  # fmt: skip
+    """`out = [y +] scale_out * (scale_t * x A^T) B^T` on `[T, .]` tensors; `drop`: "input", "output" or "none"."""
+    arch = place(op, x, A, y, B, out, seed)
+    (T, D), N, rank = x.shape, out.shape[1], A.shape[0]
+    tile = pick("residual_add", arch, x, padded(rank), T)
+    blocks, tiles = cdiv(T, tile.rows), cdiv(N, tile.cols)
+    splits = min(max(table.PROCESSORS[arch] // blocks, 1), tiles)
+    per_split = cdiv(tiles, splits)
+    launch.run(
+        launch.Launch(
+            "residual_add_kernel",
+            residual_add_kernel,
+            (blocks, cdiv(tiles, per_split), 1),
+            (
+                x, A, y, B, out, t_out, seed, T, D, N, x.stride(0), 0 if y is None else y.stride(0), out.stride(0),
+                segment(D, tile)[0], per_split, float(scale_t), float(scale_out), threshold,
+            ),
+            dict(
+                SA_R=A.stride(0), SA_D=A.stride(1), SB_N=B.stride(0), SB_R=B.stride(1), RANK=rank, RP=padded(rank),
+                HAS_Y=y is not None, SAVE_T=t_out is not None, DROP_INPUT=drop == "input", DROP_OUTPUT=drop == "output",
+                BM=tile.rows, BK=tile.inner, BN=tile.cols, STAGES=tile.stages,
+            ),
+            tile.warps,
+            tile.stages,
+        )
+    )  # fmt: skip
+
+
+def shrink(
+    op: str, x: Tensor, A: Tensor, t: Tensor, scale_t: float, seed: Tensor | None, threshold: int,
+    *, parts: int = 1, R: Tensor | None = None, router: str = "none", p: Tensor | None = None, groups: int = 1,
+    means: bool = False, token_mask: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, int]:  # fmt: skip
+    """`t = scale_t * dropout(x) A^T` (raw partials if `parts > 1`), with `p`, and its sums and counts per row block
+    if `means`."""
+    arch = place(op, x, A, R, token_mask, seed)
+    T, D = x.shape
+    rank = A.shape[0]
+    experts = 1 if R is None else R.shape[0]
+    tile = pick("shrink", arch, x, max(padded(rank), padded(experts)), T)
+    blocks = cdiv(T // groups, tile.rows)
+    sums = counts = None
+    if means:
+        sums = t.new_empty(groups * blocks, padded(experts))
+        counts = t.new_empty(groups * blocks)
+    launch.run(
+        launch.Launch(
+            "shrink_kernel",
+            shrink_kernel,
+            (blocks, parts, groups),
+            (
+                x, A, R, token_mask, t, p, sums, counts, seed,
+                T, D, x.stride(0), segment(D, tile)[0], T // groups, float(scale_t), threshold,
+            ),
+            dict(
+                SA_R=A.stride(0), SA_D=A.stride(1), SR_E=0 if R is None else R.stride(0), SR_D=0 if R is None else
+                R.stride(1), RANK=rank, RP=padded(rank), E=experts, EP=padded(experts), ROUTER=router, SUMS=means,
+                HAS_MASK=token_mask is not None, DROPOUT=seed is not None, SPLIT=parts > 1,
+                BM=tile.rows, BK=tile.inner, STAGES=tile.stages,
+            ),
+            tile.warps,
+            tile.stages,
+        )
+    )  # fmt: skip
+    return sums, counts, blocks
+
+
+def expand(
+    op: str, y: Tensor, t: Tensor, B: Tensor, out: Tensor, scale: float,
+    *, mix: str = "none", p: Tensor | None = None, w: Tensor | None = None, sums: Tensor | None = None,
+    counts: Tensor | None = None, blocks: int = 0, groups: int = 1, parts: int = 1, scale_t: float = 1.0,
+    t_out: Tensor | None = None, w_out: Tensor | None = None, first: int = 0, chunk: int = 0,
+) -> None:  # fmt: skip
+    """`out = y + scale * t B^T`; `B` is a bank `[E, d_out, r]` with `mix` "weights", "sums" or "token" (experts
+    `first ..`)."""
+    arch = place(op, y, t, B, out, p, w)
+    (T, N), rank = y.shape, B.shape[-1]
+    bank = B.dim() == 3
+    total = B.shape[0] if bank else 1
+    experts = chunk or total
+    held = padded_experts(experts) if mix == "token" else padded(experts)
+    width = held * padded(rank) if mix == "token" else padded(rank)
+    tile = pick("expand_parts" if parts > 1 else "expand", arch, y, width, T)
+    columns = cdiv(N, tile.cols)
+    per_group = T // groups
+    wanted = max(1, 2 * table.PROCESSORS[arch] // (columns * groups))
+    per_run = cdiv(cdiv(per_group, tile.rows), wanted) * tile.rows
+    launch.run(
+        launch.Launch(
+            "expand_kernel",
+            expand_kernel,
+            (columns, cdiv(per_group, per_run), groups),
+            (
+                y, t, B, p, w, sums, counts, out, t_out, w_out,
+                T, N, y.stride(0), out.stride(0), B.stride(0) if bank else 0, blocks, per_group, per_run, first,
+                float(scale_t), float(scale),
+            ),
+            dict(
+                SB_N=B.stride(-2), SB_R=B.stride(-1), RANK=rank, RP=padded(rank), E=experts, EP=held, EXPERTS=total,
+                MIX=mix, PARTS=parts, SAVE_T=t_out is not None, SAVE_W=w_out is not None,
+                BM=tile.rows, BN=tile.cols, CHUNK=64, STAGES=tile.stages,
+            ),
+            tile.warps,
+            tile.stages,
+        )
+    )  # fmt: skip

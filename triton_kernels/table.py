@@ -1,0 +1,138 @@
+"""Launch choices: which tile, how many warps and pipeline stages, by kernel, architecture, element size, rank and T.
+
+    row(kernel, architecture, element_bytes, RP, T) -> Tile
+
+No autotuning at run time: a lookup is a walk through a handful of rows. `lowrank_fast.triton_kernels.tune` measures the
+candidates on a GPU and writes a JSON file of the same shape; `LOWRANK_FAST_TRITON_TABLE=FILE` puts its rows first.
+
+The rows below were not tuned on a GPU. They are the ones that compile on every architecture without a spill, with
+16-byte asynchronous loads and with at least 32 KB of loads in flight per SM (`lowrank-fast codegen` shows it), and
+follow two rules: a tile of rows is at least 4 r where T fills the machine anyway (weights re-read from L2 are then
+a sixth of the traffic), and the tile of `D` never depends on T (a row's result must not either).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from typing import NamedTuple
+
+ENVIRONMENT = "LOWRANK_FAST_TRITON_TABLE"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Streaming multiprocessors (compute units) of the part that most users have: A100, H100, B200, MI300X. What is
+# split over programs is split by these and not by the device at hand: one architecture, one result.
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+SEGMENTS = 8  # runs that `D` is summed in: the split-K count at middle T
+
+
+class Tile(NamedTuple):
+    """`rows` and `cols` of the streamed tile, `inner` the tile of the other dimension a kernel walks."""
+
+    rows: int
+    inner: int
+    cols: int
+    warps: int
+    stages: int
+
+
+_ANY = 1 << 62
+# kernel -> element bytes -> rows of (largest padded rank, largest T, Tile).
+_ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
+    "residual_add": {
+        2: [
+            (32, 128, Tile(16, 128, 64, 4, 4)),
+            (32, 2048, Tile(16, 128, 128, 4, 4)),
+            (32, 4096, Tile(32, 128, 128, 4, 5)),
+            (64, 128, Tile(16, 128, 64, 4, 3)),
+            (64, 2048, Tile(16, 128, 128, 4, 3)),
+            (64, _ANY, Tile(64, 128, 128, 4, 3)),
+            (128, _ANY, Tile(32, 128, 64, 4, 3)),
+        ],
+        4: [(32, _ANY, Tile(16, 64, 64, 4, 3)), (128, _ANY, Tile(16, 64, 32, 4, 2))],
+    },
+    "shrink": {
+        2: [
+            (32, 2048, Tile(16, 128, 0, 4, 4)),
+            (32, 4096, Tile(32, 128, 0, 4, 5)),
+            (64, 2048, Tile(16, 128, 0, 4, 2)),
+            (64, _ANY, Tile(64, 128, 0, 4, 3)),
+            (_ANY, _ANY, Tile(32, 128, 0, 4, 3)),
+        ],
+        4: [(_ANY, _ANY, Tile(16, 64, 0, 4, 3))],
+    },
+    "expand": {
+        2: [
+            (32, _ANY, Tile(32, 0, 256, 4, 3)),
+            (64, _ANY, Tile(32, 0, 128, 4, 3)),
+            (128, _ANY, Tile(32, 0, 64, 4, 3)),
+            (256, _ANY, Tile(32, 0, 32, 4, 2)),
+        ],
+        4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (64, _ANY, Tile(16, 0, 64, 4, 3)), (256, _ANY, Tile(16, 0, 32, 4, 2))],
+    },
+    # With the partials of a split-K shrink in flight beside the stream: 8 of them, 2 KB each at r = 16.
+    "expand_parts": {
+        2: [
+            (32, _ANY, Tile(16, 0, 256, 4, 3)),
+            (64, _ANY, Tile(16, 0, 128, 4, 2)),
+            (_ANY, _ANY, Tile(16, 0, 64, 4, 2)),
+        ],
+        4: [(32, _ANY, Tile(16, 0, 128, 4, 2)), (_ANY, _ANY, Tile(16, 0, 32, 4, 2))],
+    },
+    "up": {
+        2: [
+            (32, _ANY, Tile(32, 0, 512, 8, 3)),
+            (64, _ANY, Tile(32, 0, 256, 8, 3)),
+            (128, _ANY, Tile(32, 0, 128, 8, 3)),
+        ],
+        4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (128, _ANY, Tile(16, 0, 32, 4, 2))],
+    },
+    "token_hidden": {
+        2: [(64, _ANY, Tile(32, 0, 128, 4, 3)), (128, _ANY, Tile(16, 0, 128, 4, 3))],
+        4: [(128, _ANY, Tile(16, 0, 32, 4, 2))],
+    },
+    "down": {
+        2: [
+            (16, _ANY, Tile(32, 0, 512, 8, 3)),
+            (32, _ANY, Tile(16, 0, 256, 8, 5)),
+            (64, _ANY, Tile(32, 0, 256, 8, 3)),
+            (128, _ANY, Tile(32, 0, 128, 8, 3)),
+            (_ANY, _ANY, Tile(16, 0, 64, 4, 2)),
+        ],
+        4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (_ANY, _ANY, Tile(16, 0, 64, 4, 2))],
+    },
+    "reduce": {
+        2: [(16, _ANY, Tile(0, 0, 128, 4, 2)), (_ANY, _ANY, Tile(0, 0, 64, 4, 2))],
+        4: [(16, _ANY, Tile(0, 0, 128, 4, 2)), (_ANY, _ANY, Tile(0, 0, 64, 4, 2))],
+    },
+}
+WIDEST = 128  # rank (or experts times padded rank, in backward) that one launch takes; more comes in several
+
+
+@functools.cache
+def _tuned() -> dict[str, dict[str, dict[str, list[list]]]]:
+    path = os.environ.get(ENVIRONMENT)
+    if not path:
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, json.JSONDecodeError) as error:
+        raise RuntimeError(
+            f"{ENVIRONMENT} must name a table that lowrank_fast.triton_kernels.tune wrote: {error}"
+        ) from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _row(kernel: str, architecture: str, element_bytes: int, width: int, bucket: int) -> Tile:
+    tuned = _tuned().get(architecture, {}).get(kernel, {}).get(str(element_bytes), [])
+    for widest, longest, tile in [*tuned, *_ROWS[kernel][element_bytes]]:
+        if width <= widest and bucket <= longest:
+            return Tile(*tile)
+    raise ValueError(f"{kernel}: no launch row for width {width}, {element_bytes}-byte elements, T = {bucket}")
+
+
+def row(kernel: str, architecture: str, element_bytes: int, width: int, T: int) -> Tile:
+    """The tile of `kernel` for a padded rank (or experts times rank) `width` and `T` rows, which counts as the next
+    power of two."""
+    return _row(kernel, architecture, element_bytes, width, 1 << max(T - 1, 0).bit_length())
