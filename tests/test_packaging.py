@@ -85,7 +85,6 @@ def test_without_torch_auto_says_how_to_build_the_kernels(setup_script, monkeypa
     monkeypatch.setattr(setup_script, "find_spec", lambda name: None)
     report: list[str] = []
     assert setup_script.chosen_parts(report) == {}
-    assert len(report) == 1
     assert "`pip install --no-build-isolation .` builds the kernels" in report[0]
 
 
@@ -101,9 +100,13 @@ def test_with_1_what_is_missing_is_an_error(setup_script, monkeypatch, name, val
 
 def test_with_0_nothing_is_built(setup_script, monkeypatch):
     monkeypatch.setenv("LOWRANK_FAST_BUILD", "0")
+    monkeypatch.setenv("LOWRANK_FAST_BUILD_CUDA", "0")
     report: list[str] = []
     assert setup_script.chosen_parts(report) == {}
-    assert report == ["C++ CPU kernels left out: LOWRANK_FAST_BUILD=0"]
+    assert report == [
+        "C++ CPU kernels left out: LOWRANK_FAST_BUILD=0",
+        "CUDA kernels left out: LOWRANK_FAST_BUILD_CUDA=0",
+    ]
 
 
 def test_another_value_is_an_error(setup_script, monkeypatch):
@@ -225,7 +228,7 @@ def test_the_readme_table_lists_every_environment_variable_that_the_code_reads()
     pattern = re.compile(r"\bLOWRANK_FAST_[A-Z_]+\b")
     folders = ("lowrank_fast", "bench", "triton_kernels", "csrc", "tests")
     files = [
-        path for folder in folders for path in (REPOSITORY / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")
+        path for folder in folders for path in (REPOSITORY / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h", ".sh")
     ]
     read = set(pattern.findall((REPOSITORY / "setup.py").read_text(encoding="utf-8")))
     for path in files:
