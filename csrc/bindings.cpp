@@ -37,6 +37,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lowrank_fast.";
   m.def("isa", &lowrank::isa, "The CPU instruction set in use.");
   m.def("isas", &lowrank::isas, "The CPU instruction sets that this machine runs, lowest first.");
-  m.def("set_isa", &lowrank::set_isa, "Use another of `isas()`; ValueError for any other.");
+  m.def("testable_isas", &lowrank::testable_isas,
+        "`isas()`, and `amx` also where only AVX-512 bf16 is there: for testing, the same kernels through oneDNN's "
+        "AVX-512 bf16.");
+  m.def("set_isa", &lowrank::set_isa, "Use another of `testable_isas()`; ValueError for any other.");
   m.def("build_info", &build_info, "Compiler and library versions of this build.");
 }

@@ -228,7 +228,10 @@ def test_the_readme_table_lists_every_environment_variable_that_the_code_reads()
     pattern = re.compile(r"\bLOWRANK_FAST_[A-Z_]+\b")
     folders = ("lowrank_fast", "bench", "triton_kernels", "csrc", "tests")
     files = [
-        path for folder in folders for path in (REPOSITORY / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h", ".sh")
+        path
+        for folder in folders
+        for path in (REPOSITORY / folder).rglob("*")
+        if path.suffix in (".py", ".cpp", ".h", ".sh")
     ]
     read = set(pattern.findall((REPOSITORY / "setup.py").read_text(encoding="utf-8")))
     for path in files:

@@ -1,8 +1,9 @@
 // Chooses the instruction set once, when the extension loads.
 #include "dispatch.h"
 
-#include <cstdlib>
 #include <stdexcept>
+
+#include "brgemm.h"
 
 namespace lowrank {
 
@@ -11,15 +12,20 @@ extern const Kernels kernels_baseline[3];
 extern const Kernels kernels_avx2[3];
 extern const Kernels kernels_avx512[3];
 extern const Kernels kernels_avx512_bf16[3];
+extern const Kernels kernels_amx;  // for bfloat16
 #endif
 
 namespace {
 
 struct Isa {
   const char* name;
-  const Kernels* table;
-  bool supported;
+  const Kernels* tables[3];  // by Dtype
+  bool native;               // this CPU has the instructions
 };
+
+Isa with(const char* name, const Kernels* tables, bool native) {
+  return {name, {&tables[0], &tables[1], &tables[2]}, native};
+}
 
 const std::vector<Isa>& known() {
 #if defined(__x86_64__)
@@ -27,23 +33,44 @@ const std::vector<Isa>& known() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   static const std::vector<Isa> list = {
-      {"baseline", kernels_baseline, true},
-      {"avx2", kernels_avx2, avx2},
-      {"avx512", kernels_avx512, avx512},
-      {"avx512_bf16", kernels_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16")},
+      with("baseline", kernels_baseline, true),
+      with("avx2", kernels_avx2, avx2),
+      with("avx512", kernels_avx512, avx512),
+      with("avx512_bf16", kernels_avx512_bf16, avx512_bf16),
+      {"amx", {&kernels_avx512_bf16[0], &kernels_amx, &kernels_avx512_bf16[2]}, avx512_bf16 && brgemm_uses_amx()},
   };
 #else
-  static const std::vector<Isa> list = {{"baseline", kernels_baseline, true}};
+  static const std::vector<Isa> list = {with("baseline", kernels_baseline, true)};
 #endif
   return list;
+}
+
+// Whether the CPU runs it: `amx` also where oneDNN does the same products on AVX-512, so that it is tested there.
+bool testable(const Isa& candidate) {
+#if defined(__x86_64__)
+  if (candidate.tables[1] == &kernels_amx) {
+    static const bool runs = __builtin_cpu_supports("avx512bf16") && brgemm_runs();
+    return runs;
+  }
+#endif
+  return candidate.native;
 }
 
 const Isa* best() {
   const Isa* chosen = nullptr;
   for (const Isa& candidate : known())
-    if (candidate.supported) chosen = &candidate;
+    if (candidate.native) chosen = &candidate;
   return chosen;
+}
+
+template <class F>
+std::vector<std::string> names(const F& wanted) {
+  std::vector<std::string> found;
+  for (const Isa& candidate : known())
+    if (wanted(candidate)) found.emplace_back(candidate.name);
+  return found;
 }
 
 const Isa*& current() {
@@ -64,28 +91,34 @@ float* grouped_scratch(int64_t floats) {
   return buffer.data();
 }
 
-const Kernels& kernels(Dtype dtype) { return current()->table[static_cast<int>(dtype)]; }
+const Kernels& kernels(Dtype dtype) {
+  const Kernels* table = current()->tables[static_cast<int>(dtype)];
+#if defined(__x86_64__)
+  if (table == &kernels_amx && !brgemm_enabled()) return kernels_avx512_bf16[static_cast<int>(dtype)];
+#endif
+  return *table;
+}
 
 std::string isa() { return current()->name; }
 
 std::vector<std::string> isas() {
-  std::vector<std::string> names;
-  for (const Isa& candidate : known())
-    if (candidate.supported) names.emplace_back(candidate.name);
-  return names;
+  return names([](const Isa& candidate) { return candidate.native; });
 }
+
+std::vector<std::string> testable_isas() { return names(testable); }
 
 void set_isa(const std::string& name) {
   std::string possible;
   for (const Isa& candidate : known()) {
-    if (!candidate.supported) continue;
+    if (!testable(candidate)) continue;
     if (name == candidate.name) {
       current() = &candidate;
       return;
     }
     possible += (possible.empty() ? "" : ", ") + std::string(candidate.name);
   }
-  throw std::invalid_argument("LOWRANK_FAST_CPU_ISA must be one of those this CPU runs (" + possible + "); got " + name);
+  throw std::invalid_argument("LOWRANK_FAST_CPU_ISA must be one of those this CPU runs (" + possible + "); got " +
+                              name);
 }
 
 }  // namespace lowrank

@@ -11,8 +11,9 @@ namespace lowrank {
 // The kernels in use for activations of `dtype`.
 const Kernels& kernels(Dtype dtype);
 
-std::string isa();                      // the name in use: the best this CPU runs, or LOWRANK_FAST_CPU_ISA
-std::vector<std::string> isas();        // those this CPU runs, lowest first
-void set_isa(const std::string& name);  // throws std::invalid_argument, naming the possible ones
+std::string isa();                         // the name in use: the best this CPU runs, or LOWRANK_FAST_CPU_ISA
+std::vector<std::string> isas();           // those this CPU has the instructions of, lowest first
+std::vector<std::string> testable_isas();  // and `amx` where oneDNN runs the same kernels on AVX-512 bf16, for testing
+void set_isa(const std::string& name);     // one of testable_isas(); else throws std::invalid_argument, naming them
 
 }  // namespace lowrank

@@ -6,7 +6,7 @@
 
 namespace lowrank {
 
-constexpr int64_t kFewRows = 256;     // up to here both halves read their parameters once, a piece at a time
+constexpr int64_t kFewRows = 256;      // up to here both halves read their parameters once, a piece at a time
 constexpr int64_t kPackColumns = 256;  // columns of such a piece, which stays in the first-level cache
 
 struct Shrink {  // t = dropout(x) P^T
@@ -64,7 +64,8 @@ void forward_few(const Kernels& table, int64_t threads, int64_t count, const Shr
     middle(begin, end - begin, first ? t + begin * tk : nullptr, second ? z + begin * zk : nullptr);
   });
   if (!second) return;
-  const int64_t cols = second->out.matrix.cols, row_equivalents = count + 16;  // packing a column costs about 16 rows of it
+  const int64_t cols = second->out.matrix.cols,
+                row_equivalents = count + 16;  // packing a column costs about 16 rows of it
   split(thread_count(row_equivalents * zk * cols, cols / 64), cols, 64, [&](int64_t, int64_t begin, int64_t end) {
     pieces(second->Q, begin, end, [&](Panel panel, int64_t from, int64_t to) {
       blocks(0, count, [&](int64_t row, int64_t rows) {
@@ -133,7 +134,7 @@ inline void store_factors(const Kernels& table, const std::vector<Factor>& targe
 // z^T x for few rows, a piece of columns at a time, straight into the factors.
 inline void outer_few(const Kernels& table, const Rows& x, int64_t count, const float* z, int64_t k,
                       const std::vector<Factor>& targets, const Dropout& drop, int64_t begin, int64_t end) {
-  const int64_t ld = panel_ld(table, kPackColumns);
+  const int64_t ld = table.sums_ld(kPackColumns);
   float* memory = workspace(Slot::piece, pad_rank(k) * ld);
   for (; begin < end; begin += kPackColumns) {
     const int64_t stop = std::min(begin + kPackColumns, end);
@@ -148,7 +149,8 @@ inline void outer_few(const Kernels& table, const Rows& x, int64_t count, const 
 
 template <class Source, class Middle>
 void backward_few(const Kernels& table, int64_t threads, int64_t count, const ShrinkOuter* first,
-                  const ExpandOuter* second, int64_t g_cols, int64_t x_cols, const Source& source, const Middle& middle) {
+                  const ExpandOuter* second, int64_t g_cols, int64_t x_cols, const Source& source,
+                  const Middle& middle) {
   const int64_t vk = first ? pad_rank(first->k) : 0, uk = second ? pad_rank(second->k) : 0;
   float* z = workspace(Slot::shared, count * (2 * vk + uk));
   float *v = z + count * vk, *u = v + count * vk;
@@ -159,19 +161,22 @@ void backward_few(const Kernels& table, int64_t threads, int64_t count, const Sh
   });
   // both column ranges are cut by the same split, so that one parallel region serves them
   const int64_t cols = std::max(g_cols, x_cols), row_equivalents = count + 16;  // as in forward_few
-  split(thread_count(2 * row_equivalents * (g_cols * vk + x_cols * uk), cols / 64), cols, 64, [&](int64_t, int64_t begin, int64_t end) {
-    if (first && !first->dQ.empty() && begin < g_cols)
-      outer_few(table, first->g, count, z, first->k, first->dQ, {}, begin, std::min(end, g_cols));
-    if (!second || begin >= x_cols) return;
-    end = std::min(end, x_cols);
-    if (second->dx)
-      pieces(second->P, begin, end, [&](Panel panel, int64_t from, int64_t to) {
-        blocks(0, count, [&](int64_t row, int64_t rows) {
-          table.expand(nullptr, second->dx->from(row), rows, u + row * uk, panel, uk, from, to, second->drop, row);
+  split(thread_count(2 * row_equivalents * (g_cols * vk + x_cols * uk), cols / 64), cols, 64,
+        [&](int64_t, int64_t begin, int64_t end) {
+          if (first && !first->dQ.empty() && begin < g_cols)
+            outer_few(table, first->g, count, z, first->k, first->dQ, {}, begin, std::min(end, g_cols));
+          if (!second || begin >= x_cols) return;
+          end = std::min(end, x_cols);
+          if (second->dx)
+            pieces(second->P, begin, end, [&](Panel panel, int64_t from, int64_t to) {
+              blocks(0, count, [&](int64_t row, int64_t rows) {
+                table.expand(nullptr, second->dx->from(row), rows, u + row * uk, panel, uk, from, to, second->drop,
+                             row);
+              });
+            });
+          if (!second->dP.empty())
+            outer_few(table, *second->x, count, u, second->k, second->dP, second->drop, begin, end);
         });
-      });
-    if (!second->dP.empty()) outer_few(table, *second->x, count, u, second->k, second->dP, second->drop, begin, end);
-  });
 }
 
 // source(row, rows, z): writes z [rows][pad_rank(first.k)] for dQ. middle(row, rows, v, u): from v = g Q^T to u for the
@@ -188,7 +193,7 @@ void backward(int64_t count, const ShrinkOuter* first, const ExpandOuter* second
   if (count <= kFewRows) return backward_few(table, threads, count, first, second, g_cols, x_cols, source, middle);
 
   const bool need_dQ = first && !first->dQ.empty(), need_dP = second && !second->dP.empty();
-  const int64_t q_ld = panel_ld(table, g_cols), p_ld = panel_ld(table, x_cols);
+  const int64_t q_ld = table.sums_ld(g_cols), p_ld = table.sums_ld(x_cols);
   const int64_t dq_floats = need_dQ ? vk * q_ld : 0, dp_floats = need_dP ? uk * p_ld : 0;
   const int64_t q_floats = first && first->Q ? first->Q->floats(g_cols) : 0;
   const int64_t p_floats = second && second->dx ? second->P.floats(x_cols) : 0;
@@ -232,7 +237,8 @@ void backward(int64_t count, const ShrinkOuter* first, const ExpandOuter* second
 inline void scaled(const float* from, int64_t from_stride, int64_t rows, int64_t k, float scale, float* to,
                    int64_t to_stride) {
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t j = 0; j < to_stride; ++j) to[row * to_stride + j] = j < k ? scale * from[row * from_stride + j] : 0.0f;
+    for (int64_t j = 0; j < to_stride; ++j)
+      to[row * to_stride + j] = j < k ? scale * from[row * from_stride + j] : 0.0f;
 }
 
 // rows of t as a contiguous float32 [T, k] tensor

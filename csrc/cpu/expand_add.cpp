@@ -11,7 +11,7 @@ void add_into(const Tensor& out_tensor, const Tensor& y_tensor, const Tensor& t_
   const Factor up = factor_of(B, 0, y.matrix.cols);
   const int64_t k = up.k, padded = pad_rank(k);
   const Tensor t = hidden_rows(t_tensor, y.count, k);
-  const Expand second{&y, out, PanelSource(up, dtype_of(y_tensor)), k, {}};
+  const Expand second{&y, out, PanelSource(up, dtype_of(y_tensor), Use::expand), k, {}};
   forward(y.count, nullptr, &second, [&](int64_t row, int64_t rows, const float*, float* z) {
     scaled(t.data_ptr<float>() + row * k, k, rows, k, static_cast<float>(scale), z, padded);
   });
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> expand_add_backward(const Tensor& g_tensor, const Ten
   Tensor dB = need_dB ? at::empty_like(B) : empty_result(B);
   if (!need_dt && !need_dB) return {dt, dB};
   const Tensor t = need_dB ? hidden_rows(t_tensor, g.count, k) : Tensor();
-  const PanelSource B_panel(up, dtype_of(g_tensor));
+  const PanelSource B_panel(up, dtype_of(g_tensor), Use::shrink);
   const ShrinkOuter first{g, need_dt ? &B_panel : nullptr, target(need_dB, dB, 0, g.matrix.cols), k};
   backward(
       g.count, &first, nullptr,

@@ -1,8 +1,8 @@
 // The kernels for the instruction set `avx2`: 8 floats to a register.
 #if defined(__x86_64__)
+#include <immintrin.h>
 #include <cstdint>
 #include <cstring>
-#include <immintrin.h>
 #include <type_traits>
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

@@ -3,10 +3,12 @@
 // Everything here is free of torch. Each instruction set compiles `kernels_impl.h` once and exports one `Kernels` per
 // activation dtype; `dispatch.cpp` picks at run time.
 //
-// A *panel* is a factor laid out for the kernels: float32 [k][ld], k padded with zero rows to a multiple of 4, ld padded
-// with zero columns to a multiple of `unit`. A [r, d] is its own panel when it is float32 and d is a multiple of `unit`;
-// B [d, r] is transposed into one. For bfloat16 activations each unit holds its even columns first, then its odd ones:
-// the order in which two shifts widen a register of bfloat16 pairs.
+// A *panel* is a factor laid out for the kernels. Most instruction sets use one format for all: float32 [k][ld], k
+// padded with zero rows to a multiple of 4, ld padded with zero columns to a multiple of `unit`. A [r, d] is its own
+// panel when it is float32 and d is a multiple of `unit`; B [d, r] is transposed into one. For bfloat16 activations
+// each unit holds its even columns first, then its odd ones: the order in which two shifts widen a register of bfloat16
+// pairs. The tile units of `amx` want pairs along the dimension summed over, so there shrink and expand read different
+// formats (isa_amx.cpp).
 //
 // t, u, z below are float32 [rows][k] with k padded to a multiple of 4 (`pad_rank`) and zeros in the padding.
 #pragma once
@@ -24,7 +26,7 @@ struct Matrix {  // [rows][cols], unit inner stride, rows `stride` elements apar
 };
 
 struct Panel {
-  const float* data;
+  const float* data;  // where column 0 is or would be: a panel may hold columns [begin, end) only
   int64_t ld;
 };
 
@@ -57,19 +59,25 @@ struct Scratch {  // one per thread; 260 KB, so that it stays in the second-leve
 Scratch& scratch();
 float* grouped_scratch(int64_t floats);  // per thread, for z in the order that `expand` reads it; any k
 
-struct Kernels {
-  int64_t unit;  // columns that one step of a kernel covers; panels are padded to it
-  bool even_odd;  // panels hold even columns before odd ones within each unit
-  int64_t (*padded)(int64_t d);
+struct PanelFormat {
+  int64_t (*floats)(int64_t k, int64_t columns);  // memory for `pack`, in floats
+  // columns [begin, end) of `count` factors stacked along k, begin a multiple of `unit`
+  Panel (*pack)(const Factor* stack, int64_t count, int64_t begin, int64_t end, float* memory);
+  bool natural;  // float32 [k][ld] in the order of the columns: a parameter stored so needs no packing
+};
 
-  // columns [begin, end) of `source` (begin a multiple of unit) -> panel rows [0, pad_rank(k)) at the same columns
-  void (*pack)(const Factor& source, int64_t begin, int64_t end, float* panel, int64_t ld);
-  // sum of `count` panels, `step` floats apart, in that order -> columns [begin, end) of `target`
-  void (*unpack)(const float* panels, int64_t count, int64_t step, int64_t ld, const Factor& target, int64_t begin,
+struct Kernels {
+  int64_t unit;                            // columns that one step of a kernel covers
+  PanelFormat shrink_panel, expand_panel;  // of the P that `shrink` and `expand` (and their pairs) take
+  int64_t (*sums_ld)(int64_t d);           // the distance between the ranks of `acc`
+
+  // sum of `count` accumulators [k][ld], `step` floats apart, in that order -> columns [begin, end) of `target`
+  void (*unpack)(const float* sums, int64_t count, int64_t step, int64_t ld, const Factor& target, int64_t begin,
                  int64_t end);
 
-  // t = x P^T, summed over columns [begin, end): adds to what the thread's scratch holds from [0, begin), and writes t when
-  // end is the last column. More than kRankBlock ranks take all columns in one call. first_row is the absolute row of x, for dropout.
+  // t = x P^T, summed over columns [begin, end): adds to what the thread's scratch holds from [0, begin), and writes t
+  // when end is the last column. More than kRankBlock ranks take all columns in one call. first_row is the absolute row
+  // of x, for dropout.
   void (*shrink)(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, const Dropout& drop, int64_t first_row,
                  int64_t begin, int64_t end);
   // out = y + z P over columns [begin, end); y null: out = z P

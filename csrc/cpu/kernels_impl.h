@@ -5,14 +5,12 @@
 //   outer    acc[k, d]  += sum_row z[row, k] x[row, d]  8 ranks x 1 unit, d in the lanes
 //
 // Every kernel walks d in chunks so that the panel's chunk (`kChunkBytes`) stays in the caches while the rows
-// stream past it. One accumulator per (row, rank) runs over all of d whatever the block shape, and expand sums the ranks
-// before it adds y: so a row's bits do not depend on the rows beside it.
+// stream past it. One accumulator per (row, rank) runs over all of d whatever the block shape, and expand sums the
+// ranks before it adds y: so a row's bits do not depend on the rows beside it.
 #pragma once
 
-#include <type_traits>
-
-#include "kernels.h"
-#include "simd.h"
+#include "panels_impl.h"
+#include "rows_impl.h"
 
 namespace {
 
@@ -24,69 +22,10 @@ constexpr bool kSplitUnit = kLanes == 4;  // four lanes make long chains of sums
 constexpr int kExpandRows = kLanes == 16 ? 8 : 4;
 constexpr int kOuterRanks = kLanes == 16 ? 8 : 4;
 
-LOWRANK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // Columns per chunk: a multiple of 64 (the dropout block and every unit), from 128 to 1024.
 LOWRANK_INLINE int64_t chunk_columns(int64_t k) {
   int64_t columns = kChunkBytes / (4 * k) / 64 * 64;
   return columns < 128 ? 128 : columns > 1024 ? 1024 : columns;
-}
-
-template <class D>
-LOWRANK_INLINE typename D::T* row_of(const Matrix& m, int64_t row, int64_t column) {
-  return static_cast<typename D::T*>(m.data) + row * m.stride + column;
-}
-
-// ---------------------------------------------------------------------------------------------- dropout
-
-LOWRANK_INLINE void multiply_high_low(VU a, uint32_t b, VU& high, VU& low) {
-#if LOWRANK_LANES == 16
-  __m512i m = _mm512_set1_epi32(int(b));
-  __m512i even = _mm512_mul_epu32((__m512i)a, m), odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), m);
-  high = (VU)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
-  low = (VU)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
-#else
-  for (int i = 0; i < kLanes; ++i) {
-    uint64_t product = uint64_t(a[i]) * b;
-    high[i] = uint32_t(product >> 32);
-    low[i] = uint32_t(product);
-  }
-#endif
-}
-
-// Multipliers (0 or 1 / (1 - p)) for columns [begin, begin + columns) of a row, begin a multiple of 64; `out` has room
-// for columns rounded up to 64. The counter layout is reference.dropout_mask's.
-static void dropout_row(const Dropout& drop, int64_t row, int64_t begin, int64_t columns, float* out) {
-  for (int64_t q = 0; q < (columns + 63) / 64; ++q)
-    for (int lane = 0; lane < 16; lane += kLanes) {
-      VU c0 = VU{} + uint32_t(16 * (begin / 64 + q) + lane), c1 = VU{} + uint32_t(row), c2 = VU{} + uint32_t(row >> 32);
-      for (int i = 0; i < kLanes; ++i) c0[i] += i;
-      VU c3 = VU{} + drop.stream;
-      uint32_t k0 = uint32_t(drop.key), k1 = uint32_t(drop.key >> 32);
-      for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-        VU high0, low0, high1, low1;
-        multiply_high_low(c0, 0xD2511F53u, high0, low0);
-        multiply_high_low(c2, 0xCD9E8D57u, high1, low1);
-        c0 = high1 ^ c1 ^ k0;
-        c1 = low1;
-        c2 = high0 ^ c3 ^ k1;
-        c3 = low0;
-      }
-      const VU words[4] = {c0, c1, c2, c3};
-      for (int w = 0; w < 4; ++w)
-        store(out + 64 * q + 16 * w + lane,
-              select((VI)(words[w] >= drop.threshold), broadcast(drop.keep_scale), V{}));
-    }
-}
-
-template <class D>
-LOWRANK_INLINE void multipliers2(const float* natural, V& a, V& b) {  // in the order of the unit's registers
-  a = load(natural);
-  b = load(natural + kLanes);
-  if (D::even_odd) {
-    V first = a, second = b;
-    deinterleave(first, second, a, b);
-  }
 }
 
 // ---------------------------------------------------------------------------------------------- shrink
@@ -122,8 +61,7 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const fl
   };
   int64_t d = 0;
   for (; d + kUnit <= columns; d += kUnit) step(d, D::load2);
-  if (d < columns)
-    step(d, [&](const typename D::T* p, V& a, V& b) { load2_tail<D>(p, columns - d, a, b); });
+  if (d < columns) step(d, [&](const typename D::T* p, V& a, V& b) { load2_tail<D>(p, columns - d, a, b); });
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
@@ -273,7 +211,8 @@ static void expand_chunk(const typename D::T* y, int64_t y_stride, typename D::T
   int64_t row = 0;
   auto at = [&](int64_t r) { return y ? y + r * y_stride : nullptr; };
   for (; row + kExpandRows <= rows; row += kExpandRows)
-    expand_rows<D, kExpandRows>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, ld, k, columns);
+    expand_rows<D, kExpandRows>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, ld, k,
+                                columns);
   for (; row + 2 <= rows; row += 2)
     expand_rows<D, 2>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, ld, k, columns);
   for (; row < rows; ++row)
@@ -359,8 +298,7 @@ static void outer_chunk(const typename D::T* x, int64_t stride, int64_t rows, co
   int64_t rank = 0;
   for (; rank + kOuterRanks <= k; rank += kOuterRanks)
     outer_ranks<D, kOuterRanks>(x, stride, rows, z + rank, k, acc + rank * ld, ld, accumulate, columns);
-  for (; rank < k; rank += 4)
-    outer_ranks<D, 4>(x, stride, rows, z + rank, k, acc + rank * ld, ld, accumulate, columns);
+  for (; rank < k; rank += 4) outer_ranks<D, 4>(x, stride, rows, z + rank, k, acc + rank * ld, ld, accumulate, columns);
 }
 
 template <class D>
@@ -402,8 +340,8 @@ static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, floa
 }
 
 template <class D>
-static void expand_outer(const float* z, Panel P, int64_t k, const Matrix* dx, const Matrix* x, int64_t rows, float* acc,
-                         int64_t ld, bool accumulate, const Dropout& drop, int64_t first_row) {
+static void expand_outer(const float* z, Panel P, int64_t k, const Matrix* dx, const Matrix* x, int64_t rows,
+                         float* acc, int64_t ld, bool accumulate, const Dropout& drop, int64_t first_row) {
   const int64_t cols = dx ? dx->cols : x->cols;
   const int64_t chunk = chunk_columns(k);
   for (int64_t begin = 0; begin < cols; begin += chunk) {
@@ -413,182 +351,13 @@ static void expand_outer(const float* z, Panel P, int64_t k, const Matrix* dx, c
   }
 }
 
-// ---------------------------------------------------------------------------------------------- panels
-
-// f(tag, typed pointer) for the parameter's dtype.
-template <class F>
-LOWRANK_INLINE void with_dtype(const Factor& f, const F& body) {
-  switch (f.dtype) {
-    case Dtype::f32: return body(F32{}, static_cast<float*>(f.data));
-    case Dtype::bf16: return body(BF16{}, static_cast<uint16_t*>(f.data));
-    default: return body(F16{}, static_cast<uint16_t*>(f.data));
-  }
-}
-
-LOWRANK_INLINE bool rank_fastest(const Factor& f) { return f.stride_k == 1 && f.stride_d != 1; }
-
-// Where the lanes of a unit's two registers lie within it.
-template <class D>
-struct UnitOrder {
-  static constexpr int step = D::even_odd ? 2 : 1, second = D::even_odd ? 1 : kLanes;
-};
-
-// The panel's rows [rank, rank + kLanes) at one unit of columns, from a factor of dtype S. Missing elements are zero.
-template <class D, class S>
-LOWRANK_INLINE void pack_unit(const typename S::T* data, const Factor& f, int64_t rank, int64_t d, int64_t rows,
-                              float* panel, int64_t ld) {
-  const int64_t columns = f.d - d, ranks = f.k - rank;
-  if (rank_fastest(f)) {  // transpose in registers, one register of the unit at a time: two would not fit
-    for (int half = 0; half < 2; ++half) {
-      const int64_t first = d + half * UnitOrder<D>::second;
-      V v[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t column = first + UnitOrder<D>::step * i;
-        v[i] = column < f.d ? load1_tail<S>(data + column * f.stride_d + rank, ranks) : V{};
-      }
-      transpose(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        if (i < rows) store(panel + i * ld + half * kLanes, v[i]);
-    }
-    return;
-  }
-  for (int j = 0; j < rows; ++j) {
-    V a{}, b{};
-    const typename S::T* p = data + (rank + j) * f.stride_k + d * f.stride_d;
-    if (j < ranks && f.stride_d == 1) {
-      if (std::is_same_v<D, S> && columns >= kUnit) {
-        D::load2(reinterpret_cast<const typename D::T*>(p), a, b);
-        store(panel + j * ld, a);
-        store(panel + j * ld + kLanes, b);
-        continue;
-      }
-      a = load1_tail<S>(p, columns);
-      if (columns > kLanes) b = load1_tail<S>(p + kLanes, columns - kLanes);
-    } else if (j < ranks) {
-      for (int i = 0; i < kUnit && i < columns; ++i)
-        (i < kLanes ? a : b)[i % kLanes] = load1_tail<S>(p + i * f.stride_d, 1)[0];
-    }
-    V even = a, odd = b;
-    if (D::even_odd) deinterleave(a, b, even, odd);
-    store(panel + j * ld, even);
-    store(panel + j * ld + kLanes, odd);
-  }
-}
-
-template <class D, class S>
-LOWRANK_INLINE void store_block(typename S::T* data, const Factor& f, int64_t rank, int64_t d, V* a, V* b) {
-  const int64_t columns = f.d - d, ranks = f.k - rank;
-  if (rank_fastest(f)) {
-    using Order = UnitOrder<D>;
-    transpose(a);
-    transpose(b);
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t da = Order::step * i, db = Order::second + Order::step * i;
-      if (da < columns) store1_tail<S>(data + (d + da) * f.stride_d + rank, ranks, a[i]);
-      if (db < columns) store1_tail<S>(data + (d + db) * f.stride_d + rank, ranks, b[i]);
-    }
-    return;
-  }
-  for (int64_t j = 0; j < kLanes && j < ranks; ++j) {
-    V first = a[j], second = b[j];
-    if (D::even_odd) interleave(a[j], b[j], first, second);
-    typename S::T* p = data + (rank + j) * f.stride_k + d * f.stride_d;
-    if (f.stride_d == 1) {
-      store1_tail<S>(p, columns, first);
-      if (columns > kLanes) store1_tail<S>(p + kLanes, columns - kLanes, second);
-    } else {
-      for (int i = 0; i < kUnit && i < columns; ++i)
-        store1_tail<S>(p + i * f.stride_d, 1, broadcast((i < kLanes ? first : second)[i % kLanes]));
-    }
-  }
-}
-
-template <class D>
-static void pack(const Factor& f, int64_t begin, int64_t end, float* panel, int64_t ld) {
-  const int64_t padded = pad_rank(f.k);
-  with_dtype(f, [&](auto dtype, const auto* data) {
-    for (int64_t rank = 0; rank < padded; rank += kLanes)
-      for (int64_t d = begin; d < end; d += kUnit)
-        pack_unit<D, decltype(dtype)>(data, f, rank, d, padded - rank < kLanes ? padded - rank : kLanes,
-                                      panel + rank * ld + d, ld);
-  });
-}
-
-template <class D>
-static void unpack(const float* panels, int64_t count, int64_t step, int64_t ld, const Factor& f, int64_t begin,
-                   int64_t end) {
-  with_dtype(f, [&](auto dtype, auto* data) {
-    for (int64_t d = begin; d < end; d += kUnit)
-      for (int64_t rank = 0; rank < f.k; rank += kLanes) {
-        V a[kLanes] = {}, b[kLanes] = {};
-        for (int64_t j = 0; j < kLanes && rank + j < f.k; ++j) {
-          const float* p = panels + (rank + j) * ld + d;
-          a[j] = load(p);
-          b[j] = load(p + kLanes);
-          for (int64_t i = 1; i < count; ++i) {
-            a[j] += load(p + i * step);
-            b[j] += load(p + i * step + kLanes);
-          }
-        }
-        store_block<D, decltype(dtype)>(data, f, rank, d, a, b);
-      }
-  });
-}
-
-// ---------------------------------------------------------------------------------------------- softmax
-
-// exp(x) for x <= 0: 2^n times a polynomial on [-ln2/2, ln2/2]; relative error under 2e-7, exact 0 below -104.
-LOWRANK_INLINE V exp_negative(V x) {
-  const V clamped = select(x < -104.0f, broadcast(-104.0f), x);
-  V n = clamped * 1.44269504f;
-  const V magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  n = (n + magic) - magic;
-  V r = clamped - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  V p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
-  VI e = __builtin_convertvector(n, VI);
-  const VI half = e >> 1;  // two steps keep subnormal results
-  V result = p * (V)((half + 127) << 23) * (V)((e - half + 127) << 23);
-  return select(x < -104.0f, V{}, select(x == x, result, x));
-}
-
-static void softmax(float* logits, int64_t rows, int64_t experts, int64_t stride) {
-  for (int64_t row = 0; row < rows; ++row) {
-    float* p = logits + row * stride;
-    float top = p[0];
-    bool nan = false;
-    for (int64_t e = 0; e < experts; ++e) {
-      nan |= p[e] != p[e];
-      top = p[e] > top ? p[e] : top;
-    }
-    if (nan) top = __builtin_nanf("");
-    float sum = 0.0f;
-    for (int64_t e = 0; e < experts; e += kLanes) {
-      V v{};
-      const int64_t n = experts - e < kLanes ? experts - e : kLanes;
-      for (int64_t i = 0; i < n; ++i) v[i] = p[e + i] - top;
-      v = exp_negative(v);
-      for (int64_t i = 0; i < n; ++i) sum += p[e + i] = v[i];
-    }
-    const float inverse = 1.0f / sum;
-    for (int64_t e = 0; e < experts; ++e) p[e] *= inverse;
-  }
-}
-
-static int64_t padded(int64_t d) { return round_up(d, kUnit); }
+// ---------------------------------------------------------------------------------------------- the table
 
 template <class D>
 constexpr Kernels table() {
-  return {kUnit,     D::even_odd, padded,          pack<D>,         unpack<D>, shrink<D>, expand<D>,
-          outer<D>, shrink_outer<D>, expand_outer<D>, softmax};
+  constexpr PanelFormat panel = {panel_floats, pack<D>, !D::even_odd};
+  return {kUnit,     panel,    panel,           panel_ld,        unpack<D>, shrink<D>,
+          expand<D>, outer<D>, shrink_outer<D>, expand_outer<D>, softmax};
 }
 
 }  // namespace

@@ -24,8 +24,8 @@ Tensor add_into(const Tensor& out_tensor, const Tensor& y_tensor, const Tensor& 
   Tensor t_tensor = save_t ? hidden(x_tensor, k) : at::empty({0}, x_tensor.options().dtype(at::kFloat));
   float* saved = save_t ? t_tensor.data_ptr<float>() : nullptr;
 
-  const Shrink first{x, PanelSource(down, dtype), k, dropout_of(dropout_p, seed)};
-  const Expand second{&y, out, PanelSource(up, dtype), k, {}};
+  const Shrink first{x, PanelSource(down, dtype, Use::shrink), k, dropout_of(dropout_p, seed)};
+  const Expand second{&y, out, PanelSource(up, dtype, Use::expand), k, {}};
   forward(y.count, &first, &second, [&](int64_t row, int64_t rows, const float* t, float* z) {
     if (saved)
       for (int64_t i = 0; i < rows; ++i) std::copy_n(t + i * padded, k, saved + (row + i) * k);
@@ -35,8 +35,8 @@ Tensor add_into(const Tensor& out_tensor, const Tensor& y_tensor, const Tensor& 
   return t_tensor;
 }
 
-std::tuple<Tensor, Tensor> residual_add(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale,
-                                        double dropout_p, const Seed& seed, bool save_t) {
+std::tuple<Tensor, Tensor> residual_add(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B,
+                                        double scale, double dropout_p, const Seed& seed, bool save_t) {
   Tensor out = activations(y, y.size(-1));
   Tensor t = add_into(out, y, x, A, B, scale, dropout_p, seed, save_t);
   return {out, t};
@@ -78,28 +78,26 @@ void gradients_into(const Tensor& g_tensor, const std::optional<Tensor>& x_tenso
     TORCH_CHECK(dx->owner.is_same(dx_tensor) && dx->matrix.cols == d_in,
                 "lowrank_fast: dx must be [.., d_in] with one stride between rows");
   }
-  const PanelSource B_panel(up, dtype);
+  const PanelSource B_panel(up, dtype, Use::shrink);
   const ShrinkOuter first{g, need_u ? &B_panel : nullptr, target(need_dB, dB, 0, g.matrix.cols), k};
   const ExpandOuter second{x ? &*x : nullptr,
                            dx ? &*dx : nullptr,
-                           PanelSource(down, dtype),
+                           PanelSource(down, dtype, Use::expand),
                            target(need_dA, dA, 1, d_in),
                            k,
                            dropout_of(dropout_p, seed)};
   backward(
       g.count, &first, need_u ? &second : nullptr,
-      [&](int64_t row, int64_t rows, float* z) {
-        scaled(t.data_ptr<float>() + row * k, k, rows, k, s, z, padded);
-      },
+      [&](int64_t row, int64_t rows, float* z) { scaled(t.data_ptr<float>() + row * k, k, rows, k, s, z, padded); },
       [&](int64_t, int64_t rows, const float* v, float* u) {
         if (u) scaled(v, padded, rows, k, s, u, padded);
       });
 }
 
-std::tuple<Tensor, Tensor, Tensor> residual_add_backward(const Tensor& g, const std::optional<Tensor>& x, const Tensor& t,
-                                                         const Tensor& A, const Tensor& B, double scale,
-                                                         double dropout_p, const Seed& seed, bool need_dx, bool need_dA,
-                                                         bool need_dB) {
+std::tuple<Tensor, Tensor, Tensor> residual_add_backward(const Tensor& g, const std::optional<Tensor>& x,
+                                                         const Tensor& t, const Tensor& A, const Tensor& B,
+                                                         double scale, double dropout_p, const Seed& seed, bool need_dx,
+                                                         bool need_dA, bool need_dB) {
   Tensor dx = need_dx ? activations(g, A.size(-1)) : Tensor();
   Tensor dA = need_dA ? at::empty_like(A) : Tensor(), dB = need_dB ? at::empty_like(B) : Tensor();
   gradients_into(g, x, t, A, B, scale, dropout_p, seed, dx, dA, dB);

@@ -1,9 +1,11 @@
 // routed_projection: out = y + s sum_e w_e (x A^T) B_e^T, and its backward.
 //
-// token     one pass: t, logits, softmax and z = s (w (x) t) per block of rows, then a rank-E r expand. Backward the same
+// token     one pass: t, logits, softmax and z = s (w (x) t) per block of rows, then a rank-E r expand. Backward the
+// same
 //           way round: v = g B_cat, dw_e = s <v_e, t>, dt = s sum_e w_e v_e.
 // batch,    two passes, because the mean over tokens is a barrier: x -> t, p; then w, B_mix = sum_e w_e B_e (a few
-// sample    hundred KB) and y -> out. Backward: g -> v = g B_mix and G = s g^T t, of which dB_e = w_e G and dw_e = <G, B_e>
+// sample    hundred KB) and y -> out. Backward: g -> v = g B_mix and G = s g^T t, of which dB_e = w_e G and dw_e = <G,
+// B_e>
 //           (one G per sample, never E of them); then x -> dx, dA.
 // static    batch with given weights: no barrier, one pass.
 //
@@ -39,8 +41,8 @@ Shape shape_of(const Rows& rows, const Tensor& leading, const Tensor& A, const T
   TORCH_CHECK(sample || routing == "batch" || routing == "token" || routing == "static",
               "lowrank_fast: unknown routing '", routing, "'");
   const int64_t samples = sample ? leading.size(0) : 1;
-  return {rows.count, samples,           A.size(1), B.size(1),           B.size(0),           A.size(0), routing == "token",
-          sample,     routing == "static", router_input == "x", dtype_of(leading)};
+  return {rows.count,         samples, A.size(1),           B.size(1),           B.size(0),        A.size(0),
+          routing == "token", sample,  routing == "static", router_input == "x", dtype_of(leading)};
 }
 
 // The bank as the factors of its experts, stacked along k.
@@ -61,7 +63,8 @@ Tensor flat_bank(const Tensor& B) {
 // [samples, r d_out] in that order, as factors per sample.
 Factor flat_factor(const Tensor& flat, int64_t sample, const Shape& s, bool rank_is_major) {
   float* data = flat.data_ptr<float>() + sample * s.k * s.d_out;
-  return rank_is_major ? Factor{data, Dtype::f32, s.k, s.d_out, s.d_out, 1} : Factor{data, Dtype::f32, s.k, s.d_out, 1, s.k};
+  return rank_is_major ? Factor{data, Dtype::f32, s.k, s.d_out, s.d_out, 1}
+                       : Factor{data, Dtype::f32, s.k, s.d_out, 1, s.k};
 }
 
 // ---------------------------------------------------------------------------------------------- the router
@@ -71,11 +74,12 @@ class Router {
  public:
   Router(const MaybeTensor& R, const Shape& s, const Rows* x) : s_(s), x_(x), table_(kernels(s.dtype)) {
     if (s.fixed) return;
-    TORCH_CHECK(R.has_value() && R->dim() == 2 && R->size(0) == s.experts && R->size(1) == (s.router_on_x ? s.d_in : s.k),
-                "lowrank_fast: R does not match the bank and router_input");
+    TORCH_CHECK(
+        R.has_value() && R->dim() == 2 && R->size(0) == s.experts && R->size(1) == (s.router_on_x ? s.d_in : s.k),
+        "lowrank_fast: R does not match the bank and router_input");
     weight_ = R->to(at::kFloat).contiguous();
     if (!s.router_on_x || !x) return;
-    const PanelSource source(factor_of(*R, 1, s.d_in), s.dtype);
+    const PanelSource source(factor_of(*R, 1, s.d_in), s.dtype, Use::shrink);
     memory_ = at::empty({source.floats(s.d_in)}, at::kFloat);
     panel_ = source.pack(memory_.data_ptr<float>(), 0, s.d_in);
   }
@@ -124,8 +128,8 @@ void softmax_backward(const float* p, const float* dp, float factor, int64_t exp
   for (int64_t e = 0; e < experts; ++e) dlogits[e] = static_cast<float>(double(factor) * p[e] * (dp[e] - dot));
 }
 
-struct Means {  // which tokens each mean keeps
-  Tensor mask;  // bool [count], or undefined
+struct Means {               // which tokens each mean keeps
+  Tensor mask;               // bool [count], or undefined
   std::vector<float> share;  // 1 / tokens kept, per sample
   float weight(int64_t row, int64_t sample) const {
     return !mask.defined() || mask.data_ptr<bool>()[row] ? share[sample] : 0.0f;
@@ -191,11 +195,12 @@ void khatri_rao(const float* w, const float* t, int64_t t_stride, int64_t rows, 
 
 // ---------------------------------------------------------------------------------------------- forward
 
-std::tuple<Tensor, Tensor, Tensor> project_into(const Tensor& out_tensor, const Tensor& y_tensor, const Tensor& x_tensor,
-                                                const Tensor& A, const Tensor& B, const MaybeTensor& R,
-                                                const MaybeTensor& weights, const MaybeTensor& token_mask, double scale,
-                                                std::string_view routing, std::string_view router_input,
-                                                double dropout_p, const MaybeTensor& seed) {
+std::tuple<Tensor, Tensor, Tensor> project_into(const Tensor& out_tensor, const Tensor& y_tensor,
+                                                const Tensor& x_tensor, const Tensor& A, const Tensor& B,
+                                                const MaybeTensor& R, const MaybeTensor& weights,
+                                                const MaybeTensor& token_mask, double scale, std::string_view routing,
+                                                std::string_view router_input, double dropout_p,
+                                                const MaybeTensor& seed) {
   const NoAutocast no_autocast;
   const Rows x = rows_of(x_tensor), y = rows_of(y_tensor), out = rows_of(out_tensor);
   check_rows("x", x, y.count, y_tensor);
@@ -207,14 +212,14 @@ std::tuple<Tensor, Tensor, Tensor> project_into(const Tensor& out_tensor, const 
   Tensor p = s.fixed ? at::empty({0}, t.options()) : hidden(x_tensor, E);
   Tensor w = at::empty({0}, t.options());
   float *t_data = t.data_ptr<float>(), *p_data = p.data_ptr<float>();
-  const Shrink first{x, PanelSource(factor_of(A, 1, s.d_in), s.dtype), s.k, dropout_of(dropout_p, seed)};
+  const Shrink first{x, PanelSource(factor_of(A, 1, s.d_in), s.dtype, Use::shrink), s.k, dropout_of(dropout_p, seed)};
   const Router router(R, s, &x);
   auto keep_t = [&](int64_t row, int64_t rows, const float* from) {
     for (int64_t i = 0; i < rows; ++i) std::copy_n(from + i * tk, s.k, t_data + (row + i) * s.k);
   };
 
   if (s.token) {
-    const Expand second{&y, out, PanelSource(bank_factors(B, s.d_out), s.dtype), E * s.k, {}};
+    const Expand second{&y, out, PanelSource(bank_factors(B, s.d_out), s.dtype, Use::expand), E * s.k, {}};
     forward(s.count, &first, &second, [&](int64_t row, int64_t rows, const float* from, float* z) {
       keep_t(row, rows, from);
       router.probabilities(row, rows, from, p_data + row * E);
@@ -234,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor> project_into(const Tensor& out_tensor, const 
     const Tensor mix = at::mm(w, flat_bank(B));  // [samples, r d_out]
     const bool major = rank_major(B);
     if (s.fixed) {
-      const Expand second{&y, out, PanelSource(flat_factor(mix, 0, s, major), s.dtype), s.k, {}};
+      const Expand second{&y, out, PanelSource(flat_factor(mix, 0, s, major), s.dtype, Use::expand), s.k, {}};
       forward(s.count, &first, &second, [&](int64_t row, int64_t rows, const float* from, float* z) {
         keep_t(row, rows, from);
         scaled(from, tk, rows, s.k, factor, z, tk);
@@ -242,7 +247,8 @@ std::tuple<Tensor, Tensor, Tensor> project_into(const Tensor& out_tensor, const 
     } else {
       for_samples(s, [&](int64_t sample, int64_t begin, int64_t tokens) {
         const Rows y_part = y.slice(begin, tokens), out_part = out.slice(begin, tokens);
-        const Expand second{&y_part, out_part, PanelSource(flat_factor(mix, sample, s, major), s.dtype), s.k, {}};
+        const Expand second{
+            &y_part, out_part, PanelSource(flat_factor(mix, sample, s, major), s.dtype, Use::expand), s.k, {}};
         forward(tokens, nullptr, &second, [&](int64_t row, int64_t rows, const float*, float* z) {
           scaled(t_data + (begin + row) * s.k, s.k, rows, s.k, factor, z, tk);
         });
@@ -306,7 +312,7 @@ struct InputGradients {
     }
     if (stacked()) panel.push_back(factor_of(*R, 1, s.d_in));
     if (dR_here) targets.push_back(factor_of(dR, 1, s.d_in));
-    return {x, dx, PanelSource(panel, s.dtype), targets, k(), drop};
+    return {x, dx, PanelSource(panel, s.dtype, Use::expand), targets, k(), drop};
   }
   // What dropout kept out of the pass above.
   void router_on_its_own(const float* dlogits) const {
@@ -315,7 +321,7 @@ struct InputGradients {
     auto source = [&](int64_t row, int64_t rows, const float*, float* z) {
       scaled(dlogits + row * E, E, rows, E, 1.0f, z, padded);
     };
-    const PanelSource panel(factor_of(*R, 1, s.d_in), s.dtype);
+    const PanelSource panel(factor_of(*R, 1, s.d_in), s.dtype, Use::expand);
     if (needs.dx) {
       const Expand second{dx, *dx, panel, E, {}};
       forward(s.count, nullptr, &second, source);
@@ -353,7 +359,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_projection_backward(
   }
   if (needs.dx) dx = rows_of(dx_tensor);
   const Router router(R, s, nullptr);
-  const InputGradients inputs{s, needs, A, dA, dR, R, x ? &*x : nullptr, dx ? &*dx : nullptr, dropout_of(dropout_p, seed)};
+  const InputGradients inputs{
+      s, needs, A, dA, dR, R, x ? &*x : nullptr, dx ? &*dx : nullptr, dropout_of(dropout_p, seed)};
   const Tensor t = hidden_rows(t_tensor, s.count, s.k);
   const float* t_data = t.data_ptr<float>();
   const bool route = !s.fixed && (inputs.wanted() || needs.dR);  // the softmax's backward is needed
@@ -375,8 +382,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_projection_backward(
 
   if (s.token) {
     const bool need_v = inputs.wanted() || needs.dR;
-    const PanelSource bank(bank_factors(B, s.d_out), s.dtype);
-    const ShrinkOuter first{g, need_v ? &bank : nullptr, needs.dB ? bank_factors(dB, s.d_out) : std::vector<Factor>{}, ek};
+    const PanelSource bank(bank_factors(B, s.d_out), s.dtype, Use::shrink);
+    const ShrinkOuter first{g, need_v ? &bank : nullptr, needs.dB ? bank_factors(dB, s.d_out) : std::vector<Factor>{},
+                            ek};
     const ExpandOuter second = inputs.pass();
     const int64_t vk = pad_rank(ek);
     backward(
@@ -415,7 +423,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_projection_backward(
     Tensor v = inputs.wanted() ? at::empty({s.count, s.k}, t.options()) : Tensor();
     for_samples(s, [&](int64_t sample, int64_t begin, int64_t tokens) {
       const Rows part = g.slice(begin, tokens);
-      const PanelSource panel(flat_factor(mix, sample, s, major), s.dtype);
+      const PanelSource panel(flat_factor(mix, sample, s, major), s.dtype, Use::shrink);
       std::vector<Factor> target;
       if (need_G) target.push_back(flat_factor(G, sample, s, major));
       const ShrinkOuter first{part, v.defined() ? &panel : nullptr, target, s.k};

@@ -14,7 +14,7 @@ Tensor shrink(const Tensor& x_tensor, const Tensor& A, double dropout_p, const S
   const int64_t k = down.k, padded = pad_rank(k);
   Tensor t_tensor = hidden(x_tensor, k);
   float* saved = t_tensor.data_ptr<float>();
-  const Shrink first{x, PanelSource(down, dtype_of(x_tensor)), k, dropout_of(dropout_p, seed)};
+  const Shrink first{x, PanelSource(down, dtype_of(x_tensor), Use::shrink), k, dropout_of(dropout_p, seed)};
   forward(x.count, &first, nullptr, [&](int64_t row, int64_t rows, const float* t, float*) {
     for (int64_t i = 0; i < rows; ++i) std::copy_n(t + i * padded, k, saved + (row + i) * k);
   });
@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> shrink_backward(const Tensor& dt_tensor, const std::o
   const Dtype dtype = need_dx ? dtype_of(dx_tensor) : dtype_of(*x_tensor);
   const ExpandOuter second{x ? &*x : nullptr,
                            dx ? &*dx : nullptr,
-                           PanelSource(factor_of(A, 1, d_in), dtype),
+                           PanelSource(factor_of(A, 1, d_in), dtype, Use::expand),
                            target(need_dA, dA, 1, d_in),
                            k,
                            dropout_of(dropout_p, seed)};

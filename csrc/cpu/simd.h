@@ -80,9 +80,8 @@ struct BF16 {
   LOWRANK_INLINE void store2(T* p, V even, V odd) {
 #if defined(LOWRANK_BF16_STORE)
     // [odd 16 | even 16] of bfloat16, then one permute to interleave them
-    const __m512i order =
-        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
-                         18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
     _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
 #else

@@ -16,9 +16,12 @@ using at::Tensor;
 
 inline Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case at::kFloat: return Dtype::f32;
-    case at::kBFloat16: return Dtype::bf16;
-    case at::kHalf: return Dtype::f16;
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
     default:
       TORCH_CHECK(false, "lowrank_fast: the CPU kernels take float32, bfloat16 and float16; got ", x.scalar_type());
   }
@@ -79,15 +82,16 @@ inline Factor factor_of(const Tensor& p, int64_t d_dim, int64_t d) {
   return {p.data_ptr(), dtype_of(p), p.size(1 - d_dim), d, p.stride(1 - d_dim), p.stride(d_dim)};
 }
 
-// The distance between the ranks of a panel. One line more than the columns need: at a power of two, the ranks of a column
-// would all fall into one set of the first-level cache.
-inline int64_t panel_ld(const Kernels& table, int64_t d) { return table.padded(d) + 16; }
+enum class Use { shrink, expand };  // which kernel reads a panel
 
 // Factors stacked along k, as one panel for activations of `dtype`.
 class PanelSource {
  public:
-  PanelSource(const Factor& factor, Dtype dtype) : PanelSource(std::vector<Factor>{factor}, dtype) {}
-  PanelSource(std::vector<Factor> stack, Dtype dtype) : stack_(std::move(stack)), table_(&kernels(dtype)) {
+  PanelSource(const Factor& factor, Dtype dtype, Use use) : PanelSource(std::vector<Factor>{factor}, dtype, use) {}
+  PanelSource(std::vector<Factor> stack, Dtype dtype, Use use) : stack_(std::move(stack)) {
+    const Kernels& table = kernels(dtype);
+    format_ = use == Use::shrink ? table.shrink_panel : table.expand_panel;
+    unit_ = table.unit;
     for (const Factor& f : stack_) k_ += f.k;
   }
   int64_t cols() const { return stack_.front().d; }
@@ -95,30 +99,22 @@ class PanelSource {
   // The parameter's own memory is a panel: not worth packing for a few rows.
   bool direct() const {
     const Factor& f = stack_.front();
-    return stack_.size() == 1 && f.dtype == Dtype::f32 && !table_->even_odd && f.stride_d == 1 && f.k % 4 == 0 &&
-           f.d % table_->unit == 0;
+    return stack_.size() == 1 && f.dtype == Dtype::f32 && format_.natural && f.stride_d == 1 && f.k % 4 == 0 &&
+           f.d % unit_ == 0;
   }
   Panel in_place() const { return {static_cast<const float*>(stack_.front().data), stack_.front().stride_k}; }
 
-  int64_t floats(int64_t columns) const { return (pad_rank(k_) + 4) * panel_ld(*table_, columns); }
-  // Packs columns [begin, end), begin a multiple of the unit, into memory of floats(end - begin). The panel's columns are
-  // those of the factor: only [begin, end) may be read.
+  int64_t floats(int64_t columns) const { return format_.floats(k_, columns); }
+  // Packs columns [begin, end), begin a multiple of the unit, into memory of floats(end - begin). The panel's columns
+  // are those of the factor: only [begin, end) may be read.
   Panel pack(float* memory, int64_t begin, int64_t end) const {
-    const int64_t ld = panel_ld(*table_, end - begin);
-    float* next = memory - begin;  // each factor's zero rows are overwritten by the factor that follows
-    for (const Factor& f : stack_) {
-      table_->pack(f, begin, end, next, ld);
-      next += f.k * ld;
-    }
-    const int64_t written = k_ - stack_.back().k + pad_rank(stack_.back().k);
-    for (int64_t row = written; row < pad_rank(k_); ++row) std::fill_n(memory + row * ld, ld, 0.0f);
-    return {memory - begin, ld};
+    return format_.pack(stack_.data(), static_cast<int64_t>(stack_.size()), begin, end, memory);
   }
 
  private:
   std::vector<Factor> stack_;
-  const Kernels* table_;
-  int64_t k_ = 0;
+  PanelFormat format_;
+  int64_t unit_, k_ = 0;
 };
 
 // Grow-only memory of the calling thread, aligned to a cache line; valid until its next call with the same slot. Fresh
@@ -133,8 +129,8 @@ inline Dropout dropout_of(double p, const std::optional<Tensor>& seed) {
   const int64_t* words = seed->data_ptr<int64_t>();
   const double threshold = p * 4294967296.0;
   return {static_cast<uint64_t>(words[0]), static_cast<uint32_t>(words[1]),
-          threshold >= 4294967295.0 ? 0xffffffffu : static_cast<uint32_t>(threshold), static_cast<float>(1.0 / (1.0 - p)),
-          true};
+          threshold >= 4294967295.0 ? 0xffffffffu : static_cast<uint32_t>(threshold),
+          static_cast<float>(1.0 / (1.0 - p)), true};
 }
 
 // ---------------------------------------------------------------------------------------------- threads
