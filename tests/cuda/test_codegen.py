@@ -105,7 +105,7 @@ def test_the_primitives_compile_to_the_instructions_they_stand_for(tmp_path):
 
 
 @needs_tools
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", cuda_build.ARCHITECTURES)
 def test_every_kernel_on_every_architecture(tmp_path, arch):
     facts = compiled(tmp_path, arch)

@@ -59,7 +59,7 @@ def test_residual_add_on_one_architecture(tmp_path: Path) -> None:
     check(tmp_path / "k.json", {"sm_90"})
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_kernel_on_every_architecture(tmp_path: Path) -> None:
     done = codegen("--json", str(tmp_path / "k.json"), TRITON_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
