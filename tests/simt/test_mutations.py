@@ -131,7 +131,7 @@ def test_the_unchanged_kernels_pass_every_case():
     assert list(caught_by(build.build(flags=("-DLOWRANK_SMALL_BUILD",)))) == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_every_planted_bug_is_caught(tmp_path, mutation):
     library = build.build(mutated(mutation, tmp_path / "cuda"), flags=("-DLOWRANK_SMALL_BUILD",))

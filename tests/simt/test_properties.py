@@ -95,7 +95,7 @@ def test_gradients_have_the_same_bits_under_every_schedule(clusters):
             assert torch.equal(got, first)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("preempt", [0.0, 0.01])
 @pytest.mark.parametrize("seed", range(30))
 def test_no_false_reports_in_sixty_seeded_runs(seed, preempt):
