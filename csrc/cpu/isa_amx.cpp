@@ -8,7 +8,8 @@
 // A 32-bit word holds two bfloat16 that are multiplied and added together. z, float32, becomes hi + lo, which
 // keeps 16 of its bits. Expand spends the pair on the two halves: at 16 ranks and less it is free, since the tile steps
 // along k by 32. Outer takes a product for each over one repacking of x.
-// Parameters are rounded to bfloat16 as they are packed.
+// Parameters are rounded to bfloat16 as they are packed, which float32 parameters notice: so `amx` is used on request
+// only (LOWRANK_FAST_CPU_ISA).
 //
 // Rows are padded with zeros to 16 or 32 and columns to a multiple of 32, in scratch and never by reading past a row.
 // Each element of a product is one sum along its row in a fixed order, so a row's bits do not depend on the rows beside

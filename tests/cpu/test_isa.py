@@ -30,7 +30,7 @@ def test_left_alone_the_best_instruction_set_is_in_use():
     for nothing in (None, ""):
         result = run_python(REPORT, LOWRANK_FAST_CPU_ISA=nothing)
         assert result.returncode == 0, result.stderr
-        assert result.stdout.split() == [_C.isas()[-1]]
+        assert result.stdout.split() == [[isa for isa in _C.isas() if isa != "amx"][-1]]
 
 
 def test_the_baseline_runs_everywhere_and_comes_first():
