@@ -142,7 +142,7 @@ class Problem:
         """The backend passes the accuracy rule for the output and every needed gradient."""
         device = device_of(backend)
         results = self.ours(backend), self.eager(device), self.truth(device)
-        assert_all_accurate(*results, self.dtype, lambda name: self.typical(name, backend))
+        assert_all_accurate(*results, self.dtype, lambda name: self.typical(name, backend), backend != "reference")
 
     def but(self, **changes: object) -> Problem:
         return replace(self, **changes)  # type: ignore[arg-type]
