@@ -30,8 +30,9 @@ setup: $(INSTALLED) ## make .venv: torch, the tools, the benchmark's model and t
 
 build: $(BUILT) ## compile the C++ CPU kernels (incremental)
 
-test: build ## the fast tests
-	$(BIN)/pytest $(PYTEST_ARGS)
+test: build ## the fast tests; Triton's in a process of their own, which interprets the kernels
+	$(BIN)/pytest --ignore=tests/triton $(PYTEST_ARGS)
+	@[ -n "$(PYTEST_ARGS)" ] || TRITON_INTERPRET=1 $(BIN)/pytest tests/triton
 
 test-slow: build ## the slow tests
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)

@@ -1,12 +1,14 @@
 """Triton kernels in the interpreter: every tensor between guards, every output poisoned, bfloat16 products repaired.
 
-`TRITON_INTERPRET=1` holds while a test of this folder runs, so that the kernels, imported at their first use, are
-interpreted ones. Tests that need compiled kernels run in a subprocess without it.
+Triton decides at its first import whether it interprets, and other tests import it too: so these run in a process that
+was started with `TRITON_INTERPRET=1` (`make test` does), and are skipped in any other. Tests that need compiled kernels
+run in a subprocess without it.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -17,12 +19,18 @@ from lowrank_fast import triton_backend
 
 from .arena import Arena
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not INTERPRETED:
+        pytest.skip(
+            "Triton interprets only when TRITON_INTERPRET=1 is set before it is imported; `make test` runs these"
+        )
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name in ("plan", "plan_backward", "norm"):  # imported now, whatever the test does to the environment
         triton_backend.kernels(name)
