@@ -62,7 +62,8 @@ def _worker(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_all_ranks_decide_alike(tmp_path: Path) -> None:
+def test_all_ranks_decide_alike(tmp_path: Path, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(pytestconfig.rootpath))  # the processes inherit sys.path and find `tests` there
     torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
