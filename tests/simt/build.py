@@ -7,8 +7,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -16,6 +16,7 @@ CUDA = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "simt"
 RUNTIME = ("fibers.cpp", "memory.cpp")
 COMPILER = os.environ.get("CXX", "g++")
+_LOCK = Lock()
 
 
 def missing_reason() -> str | None:
@@ -31,30 +32,54 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
 
 
-def _digest(folder: Path, entry: Path, flags: tuple[str, ...]) -> str:
-    digest = hashlib.sha256(repr(flags).encode())
-    for path in sorted([*folder.glob("*.cuh"), *folder.glob("*.h"), entry, *HERE.glob("*.cpp"), *HERE.glob("*.h")]):
+def _digest(flags: tuple[str, ...], *files: Path) -> str:
+    digest = hashlib.sha256(repr((COMPILER, flags)).encode())
+    for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def build(kernels: Path = CUDA, entry: Path = HERE / "kernels.cpp", flags: tuple[str, ...] = ()) -> Path:
-    """The library of the kernels in the folder `kernels`, with the C interface of `entry`.
+def _compile(source: Path, target: Path, flags: tuple[str, ...]) -> None:
+    _run([COMPILER, "-std=c++17", "-fPIC", f"-I{HERE}", *flags, "-c", str(source), "-o", str(target)])
+
+
+def runtime_objects() -> list[Path]:
+    """The harness itself, compiled once for all kernels; not instrumented."""
+    digest = _digest((), *(HERE / name for name in RUNTIME), *HERE.glob("*.h"))
+    targets = [CACHE / f"{name}-{digest}.o" for name in RUNTIME]
+    with _LOCK:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        for name, target in zip(RUNTIME, targets, strict=True):
+            if not target.exists():
+                with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                    _compile(HERE / name, Path(folder, "out.o"), ("-O2", "-g1"))
+                    os.replace(Path(folder, "out.o"), target)
+    return targets
+
+
+def build(
+    kernels: Path = CUDA, entry: Path = HERE / "kernels.cpp", flags: tuple[str, ...] = (), target: Path | None = None
+) -> Path:
+    """The library of the kernels in the folder `kernels`, with the C interface of `entry`; in the cache, or at `target`.
 
     The kernels are compiled with `-fsanitize=thread` and without its library: the harness supplies the hooks, and so
-    sees every load and store. The runtime itself is not instrumented.
+    sees every load and store.
     """
-    target = CACHE / f"{entry.stem}-{_digest(kernels, entry, flags)}.so"
-    if target.exists():
-        return target
-    CACHE.mkdir(parents=True, exist_ok=True)
+    if target is None:
+        sources = [*kernels.glob("*.cuh"), *kernels.glob("*.h"), entry, *HERE.glob("*.h"), *map(HERE.joinpath, RUNTIME)]
+        target = CACHE / f"{entry.stem}-{_digest(flags, *sources)}.so"
+        if target.exists():
+            return target
+        _forget_old(entry.stem)
+    objects = runtime_objects()
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        common = [COMPILER, "-std=c++17", "-g1", "-fPIC", f"-I{HERE}", f"-I{kernels}", "-c"]
-        jobs = [[*common, "-O1", "-fsanitize=thread", *flags, str(entry), "-o", f"{folder}/entry.o"]]
-        jobs += [[*common, "-O2", str(HERE / name), "-o", f"{folder}/{name}.o"] for name in RUNTIME]
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(_run, jobs))
-        objects = [f"{folder}/entry.o", *(f"{folder}/{name}.o" for name in RUNTIME)]
-        _run([COMPILER, "-shared", "-o", f"{folder}/out.so", *objects, "-ldl"])
+        _compile(entry, Path(folder, "entry.o"), (f"-I{kernels}", "-O1", "-g1", "-fsanitize=thread", *flags))
+        _run([COMPILER, "-shared", "-o", f"{folder}/out.so", f"{folder}/entry.o", *map(str, objects), "-ldl"])
         os.replace(f"{folder}/out.so", target)
     return target
+
+
+def _forget_old(stem: str, keep: int = 7) -> None:
+    """Each change of a source leaves a library behind: keep the newest ones."""
+    for path in sorted(CACHE.glob(f"{stem}-*.so"), key=lambda path: path.stat().st_mtime, reverse=True)[keep:]:
+        path.unlink(missing_ok=True)

@@ -1,8 +1,9 @@
 # ruff: noqa: E501  (one planted bug a line)
-"""Planted bugs: each a change of one place in a kernel source, and the kind of finding that must catch it.
+"""Planted bugs: each a change of one place in a kernel source.
 
-`test_mutations.py` applies them one at a time to a copy of csrc/cuda and requires that the cases below fail. A mutation that
-no case catches is a hole in the tests or in the harness.
+`test_mutations.py` applies them one at a time to a copy of csrc/cuda and requires that one of its cases fails: that the
+harness names what is wrong, or, for the bugs that break no rule of the machine, that the numbers are. A mutation that
+nothing catches is a hole in the tests or in the harness.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ class Mutation:
     old: str  # must occur in the file
     new: str
     occurrence: int = 0  # which one, when there are several
+    numbers: bool = False  # only the numbers can show it
 
 
 ROW, COLUMN, CLUSTER, TILE, ROUTING, PLAN, ROUTED = (
@@ -56,25 +58,25 @@ MUTATIONS = (
     Mutation("row: shared memory one stage short", ROW, "ring = stages * (stage1", "ring = (stages - 1) * (stage1"),
     # fragments
     Mutation("fragment: second row half at + 4", TILE, "lane_id() / 4 + 8 * (i >> 1)", "lane_id() / 4 + 4 * (i >> 1)"),
-    Mutation("fragment: operand B's halves swapped", TILE, "fa[m], fb[0], fb[1]);", "fa[m], fb[1], fb[0]);"),
-    Mutation("fragment: A's depth and rows swapped", TILE, "8 * (is_a ? j & 1 : j >> 1), depth = 8 * (is_a ? j >> 1 : j & 1)", "8 * (is_a ? j >> 1 : j >> 1), depth = 8 * (is_a ? j & 1 : j & 1)"),
-    Mutation("fragment: transposed load not transposed", TILE, "ldmatrix_x4_trans(regs", "ldmatrix_x4(regs"),
-    Mutation("row: a warp's quarter of the depth", ROW, "C::block_k / C::warps * warp_id()", "C::block_k / C::warps * (warp_id() ^ 1) * (warp_id() < 2)"),
-    Mutation("row: only three of four partial sums", ROW, " + sums[i + 3 * block_m * R];", ";"),
-    Mutation("softmax: shuffle offset", ROUTING, "for (int step = 16; step; step /= 2)", "for (int step = 8; step; step /= 2)"),
+    Mutation("fragment: operand B's halves swapped", TILE, "fa[m], fb[0], fb[1]);", "fa[m], fb[1], fb[0]);", numbers=True),
+    Mutation("fragment: A's depth and rows swapped", TILE, "8 * (is_a ? j & 1 : j >> 1), depth = 8 * (is_a ? j >> 1 : j & 1)", "8 * (is_a ? j >> 1 : j >> 1), depth = 8 * (is_a ? j & 1 : j & 1)", numbers=True),
+    Mutation("fragment: transposed load not transposed", TILE, "ldmatrix_x4_trans(regs", "ldmatrix_x4(regs", numbers=True),
+    Mutation("row: a warp's quarter of the depth", ROW, "C::block_k / C::warps * warp_id()", "C::block_k / C::warps * (warp_id() ^ 1) * (warp_id() < 2)", numbers=True),
+    Mutation("row: only three of four partial sums", ROW, " + sums[i + 3 * block_m * R];", ";", numbers=True),
+    Mutation("softmax: shuffle offset", ROUTING, "for (int step = 16; step; step /= 2)", "for (int step = 8; step; step /= 2)", numbers=True),
     # blocks that meet
     Mutation("row: blocks own overlapping rows", ROW, "int64_t(block_id().x) * block_m, row0", "int64_t(block_id().x) * (block_m - 1), row0"),
     Mutation("column: splits own overlapping rows", COLUMN, "block_id().y * p.split_rows;", "block_id().y * (p.split_rows - 8);"),
     Mutation("column: all splits write one partial", COLUMN, "const int split = block_id().z * grid_blocks().y + block_id().y;", "const int split = block_id().z * grid_blocks().y;"),
-    Mutation("sum: one partial left out", "reduce.cuh", "for (int s = 0; s < p.count; s++)", "for (int s = 0; s < p.count - (p.count > 1); s++)"),
+    Mutation("sum: one partial left out", "reduce.cuh", "for (int s = 0; s < p.count; s++)", "for (int s = 0; s < p.count - (p.count > 1); s++)", numbers=True),
     # clusters
     Mutation("cluster: no barrier before the shares are read", CLUSTER, "    sync_cluster();  // the shares of tile i are complete everywhere", "    sync_block();"),
     Mutation("cluster: no barrier before exit", CLUSTER, "  sync_cluster();  // nobody reads", "  // nobody reads"),
     Mutation("cluster: shares not double-buffered", CLUSTER, "shares + i % 2 * C::block_m * R", "shares"),
-    Mutation("cluster: one share left out", CLUSTER, "for (int block = 0; block < blocks; block++)", "for (int block = 0; block < blocks - (blocks > 1); block++)"),
+    Mutation("cluster: one share left out", CLUSTER, "for (int block = 0; block < blocks; block++)", "for (int block = 0; block < blocks - (blocks > 1); block++)", numbers=True),
     # dropout, masks
-    Mutation("dropout: counter of the next row", TILE, "static_cast<uint64_t>(row0 + row);", "static_cast<uint64_t>(row0 + row + 1);"),
-    Mutation("dropout: nine rounds", TILE, "round < 10", "round < 9"),
-    Mutation("sum: the activity mask is ignored", "reduce.cuh", "|| !p.active || p.active[k / p.target.group];", "|| true;"),
-    Mutation("softmax: the token mask is ignored", ROUTING, "valid && (!a.token_mask || a.token_mask[row])", "valid"),
+    Mutation("dropout: counter of the next row", TILE, "static_cast<uint64_t>(row0 + row);", "static_cast<uint64_t>(row0 + row + 1);", numbers=True),
+    Mutation("dropout: nine rounds", TILE, "round < 10", "round < 9", numbers=True),
+    Mutation("sum: the activity mask is ignored", "reduce.cuh", "|| !p.active || p.active[k / p.target.group];", "|| true;", numbers=True),
+    Mutation("softmax: the token mask is ignored", ROUTING, "valid && (!a.token_mask || a.token_mask[row])", "valid", numbers=True),
 )  # fmt: skip

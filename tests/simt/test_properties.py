@@ -27,6 +27,15 @@ def _backward(simt: Simt, tokens: int, d: int, rank: int) -> tuple[Tensor, ...]:
     return simt.residual_add_backward(g, x, t, A, B, 0.5, 0.0, None, True, True, True)
 
 
+def _routed(simt: Simt, routing: str, tokens: int = 21, d: int = 136, rank: int = 4, experts: int = 3) -> None:
+    y, x, g = (_random(2, tokens, d, seed=s) for s in (1, 2, 6))
+    A, B = _random(rank, d, seed=3) / d**0.5, _random(experts, d, rank, seed=4)
+    R = _random(experts, rank, seed=7)
+    _, t, p, w = simt.routed_projection(y, x, A, B, R, None, None, 0.7, routing, "t", 0.0, None)
+    needs = [True, True, True, True, False]
+    simt.routed_projection_backward(g, x, t, p, w, A, B, R, None, None, 0.7, routing, "t", 0.0, None, needs)
+
+
 def _passes(simt: Simt, names: str, tokens: int, d: int) -> dict[str, float]:
     """Bytes moved to or from each activation, in units of one pass over `[tokens, d]` in bfloat16."""
     return {name: sum(simt.traffic[name]) / (tokens * d * 2) for name in names.split()}
@@ -95,7 +104,7 @@ def test_gradients_have_the_same_bits_under_every_schedule(clusters):
             assert torch.equal(got, first)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 @pytest.mark.parametrize("preempt", [0.0, 0.01])
 @pytest.mark.parametrize("seed", range(30))
 def test_no_false_reports_in_sixty_seeded_runs(seed, preempt):
@@ -103,3 +112,5 @@ def test_no_false_reports_in_sixty_seeded_runs(seed, preempt):
         simt = Simt(seed=seed, preempt=preempt, clusters=clusters)
         _forward(simt, 37, 200, 12)
         _backward(simt, 69, 200, 12)
+        for routing in ("batch", "sample", "token"):
+            _routed(simt, routing)
