@@ -39,6 +39,7 @@ class Part:
     variable: str
     obstacle: Callable[[], str | None]
     extension: Callable[[], Extension]
+    prepare: Callable[[Extension], None] = lambda extension: None  # what must be built before the extension itself
 
     def mode(self) -> str:
         mode = os.environ.get(self.variable, "auto") or "auto"
@@ -117,6 +118,7 @@ PARTS = (
         "LOWRANK_FAST_BUILD_CUDA",
         lambda: cuda_build().obstacle(),
         lambda: cuda_build().extension(ROOT),
+        lambda extension: cuda_build().prepare(extension, ROOT),
     ),
 )
 
@@ -139,8 +141,7 @@ def chosen_parts(report: list[str]) -> dict[str, tuple[Part, Extension]]:
                 obstacle = f"{type(error).__name__}: {error}"
         if mode == "1":
             raise SystemExit(f"lowrank_fast: {part.variable}=1, but the {part.title} cannot be built: {obstacle}")
-        else:
-            report.append(f"{part.title} left out: {obstacle}")
+        report.append(f"{part.title} left out: {obstacle}")
     return chosen
 
 
@@ -159,6 +160,7 @@ def build_command(chosen: dict[str, tuple[Part, Extension]], report: list[str]) 
         def build_extension(self, ext: Extension) -> None:
             part, _ = chosen[ext.name]
             try:
+                part.prepare(ext)
                 super().build_extension(ext)
                 report.append(f"{part.title} built against torch {torch.__version__}")
             except Exception as error:
@@ -166,7 +168,7 @@ def build_command(chosen: dict[str, tuple[Part, Extension]], report: list[str]) 
                     raise
                 traceback.print_exc()
                 report.append(f"{part.title} LEFT OUT, their build FAILED: {error}")
-                report.append(f"the installed package is pure Python; {part.variable}=1 turns this into an error")
+                report.append(f"the package works without them; {part.variable}=1 turns this into an error")
                 self.leave_out(ext)
 
         def leave_out(self, ext: Extension) -> None:

@@ -16,20 +16,30 @@ _reason: str | None = None
 
 
 def load() -> None:
-    """Import the extension, which registers the CUDA kernels for the ops that `ops.py` declared."""
+    """Import the extension and put its CUDA kernels behind the ops that `ops.py` declared.
+
+    An extension built against another minor version of torch is left out: that one's C++ structures may differ.
+    """
     global _module, _reason
+    again = "reinstall lowrank_fast against this torch, with `pip install --no-build-isolation .`"
     try:
-        _module = importlib.import_module("lowrank_fast._CUDA")
+        found = importlib.import_module("lowrank_fast._CUDA")
     except ModuleNotFoundError:
         _reason = (
             "the CUDA extension is not built; reinstall with nvcc, a CUDA build of torch and LOWRANK_FAST_BUILD_CUDA=1"
         )
     except ImportError as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        _reason = (
-            f"the CUDA extension does not load with torch {torch.__version__}: {first_line}; "
-            "reinstall lowrank_fast against this torch"
-        )
+        _reason = f"the CUDA extension does not load with torch {torch.__version__}: {first_line}; {again}"
+    else:
+        if found.torch_version.split(".")[:2] != torch.__version__.split(".")[:2]:
+            _reason = (
+                f"the CUDA extension was built against torch {found.torch_version}, and this is {torch.__version__}; "
+                f"{again}"
+            )
+            return
+        found.register()
+        _module = found
 
 
 def module() -> ModuleType | None:

@@ -20,6 +20,10 @@ const KernelTable& kernels_for(int device);
 void* current_stream(int device);
 const char* error_text(int error);
 
+// Put the kernels behind the ops, for the key of `library`.
+void register_adds(torch::Library& library);
+void register_routed(torch::Library& library);
+
 // Sizes the workspace, takes it from torch's caching allocator, launches.
 template <class Args>
 void launch(size_t (*KernelTable::*plan)(const Args&, void*, void*, int*), const Args& args, const Tensor& like) {

@@ -1,60 +1,8 @@
-// Registers the CUDA kernels of residual_add, shrink and expand_add. Plain C++ with torch's headers and none of CUDA's.
+// Binds the CUDA kernels of residual_add, shrink and expand_add to their ops. Plain C++ with torch's headers and none
+// of CUDA's.
 #include "cuda_binding.h"
 
-#include <map>
-#include <mutex>
-
-// From libtorch_cuda; weak, so that the extension loads, and says what is missing, under a torch without CUDA.
-extern "C" __attribute__((weak)) int aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-// From the CUDA runtime, which is linked statically into this extension. 75 and 76: cudaDevAttrComputeCapabilityMajor,
-// Minor.
-extern "C" int cudaDeviceGetAttribute(int* value, int attribute, int device);
-extern "C" const char* cudaGetErrorString(int error);
-
-// LOWRANK_TABLES, from the build: LOWRANK_TABLE(80,sm_80)LOWRANK_TABLE(90,sm_90a)... one per compiled architecture.
-#define LOWRANK_TABLE(arch, name) extern "C" const lowrank::KernelTable* lowrank_table_##name();
-LOWRANK_TABLES
-#undef LOWRANK_TABLE
-
 namespace lowrank {
-
-const KernelTable& kernels_for(int device) {
-  static const std::map<int, const KernelTable*, std::greater<int>> compiled = {// newest first
-#define LOWRANK_TABLE(arch, name) {arch, lowrank_table_##name()},
-                                                                                LOWRANK_TABLES
-#undef LOWRANK_TABLE
-  };
-  static std::mutex mutex;
-  static std::map<int, const KernelTable*> chosen;
-  std::lock_guard<std::mutex> lock(mutex);
-  auto found = chosen.find(device);
-  if (found != chosen.end()) return *found->second;
-  int major = 0, minor = 0;
-  const int status = cudaDeviceGetAttribute(&major, 75, device) | cudaDeviceGetAttribute(&minor, 76, device);
-  TORCH_CHECK(status == 0, "lowrank_fast: cannot read the compute capability of CUDA device ", device);
-  const int capability = 10 * major + minor;
-  // Machine code runs on its own capability (and, without an "a", on later ones of the same major version); a GPU newer
-  // than all of them takes the PTX of the newest set.
-  const KernelTable* table = nullptr;
-  for (auto& [built, candidate] : compiled)
-    if (!table && built <= capability && built / 10 == major && (major < 9 || built == capability)) table = candidate;
-  if (!table && capability > compiled.begin()->first) table = compiled.begin()->second;
-  TORCH_CHECK(table, "lowrank_fast: no CUDA kernels for compute capability ", major, ".", minor,
-              "; rebuild with LOWRANK_FAST_CUDA_ARCHS=", capability, " or use use_backend(\"triton\")");
-  chosen[device] = table;
-  return *table;
-}
-
-void* current_stream(int device) {
-  TORCH_CHECK(aoti_torch_get_current_cuda_stream,
-              "lowrank_fast: this torch has no CUDA; install a CUDA build of torch");
-  void* stream = nullptr;
-  TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "lowrank_fast: no current CUDA stream");
-  return stream;
-}
-
-const char* error_text(int error) { return cudaGetErrorString(error); }
-
 namespace {
 
 using Seed = optional<Tensor>;
@@ -252,16 +200,17 @@ Tensors2 expand_add_backward(const Tensor& g, const Tensor& t, const Tensor& B, 
 }
 
 }  // namespace
-}  // namespace lowrank
 
-TORCH_LIBRARY_IMPL(lowrank_fast, CUDA, m) {
-  m.impl("residual_add", &lowrank::residual_add);
-  m.impl("residual_add_", &lowrank::residual_add_);
-  m.impl("residual_add_out", &lowrank::residual_add_out);
-  m.impl("residual_add_backward", &lowrank::residual_add_backward);
-  m.impl("shrink", &lowrank::shrink);
-  m.impl("shrink_backward", &lowrank::shrink_backward);
-  m.impl("expand_add", &lowrank::expand_add);
-  m.impl("expand_add_", &lowrank::expand_add_);
-  m.impl("expand_add_backward", &lowrank::expand_add_backward);
+void register_adds(torch::Library& m) {
+  m.impl("residual_add", &residual_add);
+  m.impl("residual_add_", &residual_add_);
+  m.impl("residual_add_out", &residual_add_out);
+  m.impl("residual_add_backward", &residual_add_backward);
+  m.impl("shrink", &shrink);
+  m.impl("shrink_backward", &shrink_backward);
+  m.impl("expand_add", &expand_add);
+  m.impl("expand_add_", &expand_add_);
+  m.impl("expand_add_backward", &expand_add_backward);
 }
+
+}  // namespace lowrank

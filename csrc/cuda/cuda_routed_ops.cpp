@@ -1,6 +1,5 @@
-// Registers the CUDA kernels of routed_projection. Masks stay on the device: nothing here reads a tensor's values.
-#include <pybind11/pybind11.h>
-
+// Binds the CUDA kernels of routed_projection to its ops. Masks stay on the device: nothing here reads a tensor's
+// values.
 #include "cuda_binding.h"
 
 namespace lowrank {
@@ -148,18 +147,11 @@ Tensors5 routed_projection_backward(const Tensor& g, const Optional& x, const Te
 }
 
 }  // namespace
+
+void register_routed(torch::Library& m) {
+  m.impl("routed_projection", &routed_projection);
+  m.impl("routed_projection_", &routed_projection_);
+  m.impl("routed_projection_backward", &routed_projection_backward);
+}
+
 }  // namespace lowrank
-
-TORCH_LIBRARY_IMPL(lowrank_fast, CUDA, m) {
-  m.impl("routed_projection", &lowrank::routed_projection);
-  m.impl("routed_projection_", &lowrank::routed_projection_);
-  m.impl("routed_projection_backward", &lowrank::routed_projection_backward);
-}
-
-#define LOWRANK_TEXT_OF(...) #__VA_ARGS__
-#define LOWRANK_TEXT(...) LOWRANK_TEXT_OF(__VA_ARGS__)
-
-PYBIND11_MODULE(_CUDA, m) {
-  m.doc() = "CUDA kernels of lowrank_fast; importing it registers them.";
-  m.attr("architectures") = LOWRANK_ARCHITECTURES;
-}

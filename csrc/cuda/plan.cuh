@@ -43,6 +43,12 @@ class Context {
   int error_ = 0;
 };
 
+#if !SIMT_GPU
+// What a host build takes the device to be. Few processors, so that small test shapes reach every grid form.
+inline int host_processors = 4;
+inline size_t host_shared_limit = simt::kSharedLimit;
+#endif
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int processors() {
 #if SIMT_GPU
@@ -50,7 +56,7 @@ inline int processors() {
   if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count > 0 ? count : 1;
 #else
-  return 4;  // so that small test shapes reach every grid form
+  return host_processors;
 #endif
 }
 
@@ -62,7 +68,7 @@ inline size_t shared_limit() {
     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return static_cast<size_t>(bytes);
 #else
-  return simt::kSharedLimit;
+  return host_shared_limit;
 #endif
 }
 

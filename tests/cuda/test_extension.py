@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +58,18 @@ def test_a_missing_or_mismatched_extension_is_one_line(monkeypatch, error, said)
     _cuda.load()
     reason = _cuda.missing_reason()
     assert reason is not None and said in reason and "reinstall" in reason and "\n" not in reason
+    assert _cuda.module() is None
+
+
+def test_an_extension_of_another_torch_is_left_out_and_says_so(monkeypatch):
+    registered = []
+    other = SimpleNamespace(torch_version="1.2.3+cu118", register=lambda: registered.append(1))
+    monkeypatch.setattr(_cuda, "_module", None)
+    monkeypatch.setattr(_cuda, "_reason", None)
+    monkeypatch.setattr(importlib, "import_module", lambda name: other)
+    _cuda.load()
+    assert _cuda.module() is None and not registered
+    assert f"built against torch 1.2.3+cu118, and this is {torch.__version__}; reinstall" in _cuda.missing_reason()
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")

@@ -60,7 +60,7 @@ def runtime_objects() -> list[Path]:
 def build(
     kernels: Path = CUDA, entry: Path = HERE / "kernels.cpp", flags: tuple[str, ...] = (), target: Path | None = None
 ) -> Path:
-    """The library of the kernels in the folder `kernels`, with the C interface of `entry`; in the cache, or at `target`.
+    """The library of the kernels in `kernels`, with the C interface of `entry`: in the cache, or at `target`.
 
     The kernels are compiled with `-fsanitize=thread` and without its library: the harness supplies the hooks, and so
     sees every load and store.

@@ -1,0 +1,76 @@
+// The Python module, and what the bindings ask of the device: the kernels for it, torch's current stream on it.
+#include <pybind11/pybind11.h>
+
+#include <map>
+#include <mutex>
+
+#include "architectures.h"  // written by the build: LOWRANK_TABLES, LOWRANK_ARCHITECTURES
+#include "cuda_binding.h"
+
+// From libtorch_cuda; weak, so that the extension loads, and says what is missing, under a torch without CUDA.
+extern "C" __attribute__((weak)) int aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+// From the CUDA runtime, which is linked statically into this extension. 75 and 76: cudaDevAttrComputeCapabilityMajor,
+// Minor.
+extern "C" int cudaDeviceGetAttribute(int* value, int attribute, int device);
+extern "C" const char* cudaGetErrorString(int error);
+
+// LOWRANK_TABLE(80, sm_80) LOWRANK_TABLE(90, sm_90a) ...: one per compiled architecture.
+#define LOWRANK_TABLE(arch, name) extern "C" const lowrank::KernelTable* lowrank_table_##name();
+LOWRANK_TABLES
+#undef LOWRANK_TABLE
+
+namespace lowrank {
+
+const KernelTable& kernels_for(int device) {
+  static const std::map<int, const KernelTable*, std::greater<int>> compiled = {// newest first
+#define LOWRANK_TABLE(arch, name) {arch, lowrank_table_##name()},
+                                                                                LOWRANK_TABLES
+#undef LOWRANK_TABLE
+  };
+  static std::mutex mutex;
+  static std::map<int, const KernelTable*> chosen;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = chosen.find(device);
+  if (found != chosen.end()) return *found->second;
+  int major = 0, minor = 0;
+  const int status = cudaDeviceGetAttribute(&major, 75, device) | cudaDeviceGetAttribute(&minor, 76, device);
+  TORCH_CHECK(status == 0, "lowrank_fast: cannot read the compute capability of CUDA device ", device);
+  const int capability = 10 * major + minor;
+  // Machine code runs on its own capability (and, without an "a", on later ones of the same major version); a GPU newer
+  // than all of them takes the PTX of the newest set.
+  const KernelTable* table = nullptr;
+  for (auto& [built, candidate] : compiled)
+    if (!table && built <= capability && built / 10 == major && (major < 9 || built == capability)) table = candidate;
+  if (!table && capability > compiled.begin()->first) table = compiled.begin()->second;
+  TORCH_CHECK(table, "lowrank_fast: no CUDA kernels for compute capability ", major, ".", minor,
+              "; rebuild with LOWRANK_FAST_CUDA_ARCHS=", capability, " or use use_backend(\"triton\")");
+  chosen[device] = table;
+  return *table;
+}
+
+void* current_stream(int device) {
+  TORCH_CHECK(aoti_torch_get_current_cuda_stream,
+              "lowrank_fast: this torch has no CUDA; install a CUDA build of torch");
+  void* stream = nullptr;
+  TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "lowrank_fast: no current CUDA stream");
+  return stream;
+}
+
+const char* error_text(int error) { return cudaGetErrorString(error); }
+
+}  // namespace lowrank
+
+#define LOWRANK_TEXT_OF(...) #__VA_ARGS__
+#define LOWRANK_TEXT(...) LOWRANK_TEXT_OF(__VA_ARGS__)
+
+PYBIND11_MODULE(_CUDA, m) {
+  m.doc() = "CUDA kernels of lowrank_fast; `register()` puts them behind the ops.";
+  m.attr("architectures") = LOWRANK_ARCHITECTURES;
+  m.attr("torch_version") = LOWRANK_TEXT(LOWRANK_TORCH_VERSION);
+  m.attr("finds_torch_cuda") = aoti_torch_get_current_cuda_stream != nullptr;
+  m.def("register", [] {
+    static torch::Library library(torch::Library::IMPL, "lowrank_fast", c10::DispatchKey::CUDA, __FILE__, __LINE__);
+    lowrank::register_adds(library);
+    lowrank::register_routed(library);
+  });
+}
