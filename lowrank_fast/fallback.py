@@ -43,6 +43,15 @@ def _rows(x: Tensor, acc: torch.dtype) -> Tensor:
     return x.reshape(-1, x.shape[-1]).to(acc)
 
 
+def _long_product(rows: Tensor, factor: Tensor) -> Tensor:
+    """`rows [.., n, d] @ factor [.., d, r]` for few columns and many terms, the factor laid out along `d`.
+
+    BLAS adds the terms of a factor laid out along `r` one after the other when there are few rows: three to five times
+    the error of the lanes in which it adds the terms of this one.
+    """
+    return rows @ factor.mT.clone(memory_format=torch.contiguous_format).mT
+
+
 # ------------------------------------------------------------------------------------------------ residual add
 
 
@@ -154,7 +163,7 @@ def expand_add_backward(
     rows = _rows(g, acc)
     dt, dB = _empty(rows), _empty(B)
     if need_dt:
-        dt = (scale * (rows @ B.to(acc))).view(*g.shape[:-1], B.shape[1])
+        dt = (scale * _long_product(rows, B.to(acc))).view(*g.shape[:-1], B.shape[1])
     if need_dB:
         dB = (scale * (rows.mT @ _rows(t, acc))).to(B.dtype)
     return dt, dB
@@ -239,17 +248,19 @@ def routed_projection_backward(
     if routing == "token":
         w_rows = ref.by_sample(p, routing).to(acc)
         z = (w_rows[..., :, None] * t_rows[..., None, :]).flatten(-2)  # [1, T, E r]
-        dz = (scale * (rows @ bank_as_matrix(bank))).unflatten(-1, (experts, rank))  # [1, T, E, r]
+        dz = (scale * _long_product(rows, bank_as_matrix(bank))).unflatten(-1, (experts, rank))  # [1, T, E, r]
         dB = (scale * (rows.mT @ z))[0].view(-1, experts, rank).transpose(0, 1) if need_dB else None
-        dw = (dz * t_rows[..., None, :]).sum(-1)
+        # <g, t B_e^T> and not <dz_e, t>: sum() adds in pairs, where the product that makes dz adds d_out terms in a row
+        dw = scale * torch.stack([(rows * (t_rows @ B_e.mT)).sum(-1) for B_e in bank], -1)  # [1, T, E]
         dlogits = w_rows * (dw - (w_rows * dw).sum(-1, keepdim=True))  # [1, T, E]
         dt = (w_rows[..., None] * dz).sum(-2)
     else:
         w_rows = w.to(acc).view(samples, experts)
         G = scale * (rows.mT @ t_rows)  # [S, d_out, r]: shared by all experts
         dB = torch.einsum("se,sor->eor", w_rows, G) if need_dB else None
-        dw = torch.einsum("sor,eor->se", G, bank)
-        dt = scale * (rows @ torch.einsum("se,eor->sor", w_rows, bank))
+        # <G, B_e> in two steps: as one dot product of d_out r terms it loses a digit for banks of some layouts
+        dw = torch.einsum("sor,eor->seo", G, bank).sum(-1)
+        dt = scale * _long_product(rows, torch.einsum("se,eor->sor", w_rows, bank))
         dlogits = None if routing == "static" else _mean_softmax_backward(ref.by_sample(p, routing), dw, token_mask)
 
     dx, dA, dR = _empty(g), _empty(A), _empty(A)
