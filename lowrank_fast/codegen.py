@@ -1,9 +1,9 @@
-"""`lowrank-fast codegen`: compile every Triton kernel configuration ahead of time and read its machine code. No GPU
-needed.
+"""`lowrank-fast codegen`: compile every kernel configuration ahead of time and read its machine code. No GPU needed.
 
-For sm_80, sm_90, sm_100 and gfx942: registers, spills, shared memory, CTAs per SM, bytes in flight per SM, width of the
-streaming loads, asynchronous copies, matrix instructions, atomics, DRAM bytes by formula and a modelled time. What is
-compiled is what the backend would launch: the ops are called with meta tensors and their launches recorded.
+For the Triton kernels on sm_80, sm_90, sm_100 and gfx942, and for the CUDA kernels (cuda_codegen.py): registers,
+spills, shared memory, CTAs per SM, bytes in flight per SM, width of the streaming loads, asynchronous copies, matrix
+instructions, atomics, DRAM bytes by formula and a modelled time. What is compiled is what the backend would launch: the
+Triton ops are called with meta tensors and their launches recorded.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import cuda_codegen
 from . import triton_backend as backend
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 COLUMNS = (
     "kernel", "config", "arch", "registers", "spills", "shared_bytes", "ctas_per_sm", "bytes_in_flight", "load_bytes",
     "async_copies", "tensor_ops", "atomics", "dram_bytes", "model_seconds",
+)  # fmt: skip
+HEAD = (
+    "kernel", "configuration", "arch", "regs", "spill", "shared KB", "CTA/SM", "KB in flight", "load B", "async",
+    "matrix", "atomic", "DRAM MB", "model µs", "",
 )  # fmt: skip
 
 
@@ -204,8 +209,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `lowrank-fast codegen`."""
     parser.add_argument("--json", metavar="FILE", help='write {"kernels": [...]} to FILE')
     parser.add_argument("--table", metavar="FILE", help="write the table as Markdown to FILE")
+    parser.add_argument("--kernels", choices=("triton", "cuda"), help="only these (default: both)")
     parser.add_argument(
-        "--arch", action="append", choices=ARCHITECTURES, help="only this one (repeatable; default: all)"
+        "--arch",
+        action="append",
+        choices=list(dict.fromkeys((*ARCHITECTURES, *cuda_codegen.ARCHITECTURES))),
+        help="only this one (repeatable; default: all)",
     )
     parser.add_argument(
         "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)"
@@ -216,25 +225,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compile, print the table, write files; 0 when every kernel is sound, 1 when one is not, 2 when none can be
     compiled."""
-    reason = unavailable_reason()
-    if reason:
-        print(f"lowrank-fast codegen: {reason}", file=sys.stderr)
-        return 2
-    architectures = list(args.arch or ARCHITECTURES)
+    reasons = {"triton": unavailable_reason(), "cuda": cuda_codegen.unavailable_reason()}
+    wanted = [args.kernels] if args.kernels else list(reasons)
+    for name in wanted:
+        if reasons[name]:
+            print(f"lowrank-fast codegen: no {name} kernels: {reasons[name]}", file=sys.stderr)
+    possible = [name for name in wanted if not reasons[name]]
     configs = configurations(args.quick)
 
     def progress(done: int, of: int) -> None:
         if sys.stderr.isatty():
             print(f"\r{done}/{of} kernels", end="" if done < of else "\n", file=sys.stderr, flush=True)
 
-    kernels = compile_all(configs, architectures, args.jobs, progress)
-    text = table(kernels, configs, architectures)
+    kernels, texts, sound = [], [], True
+    if "triton" in possible:
+        architectures = [name for name in args.arch or ARCHITECTURES if name in ARCHITECTURES]
+        kernels += compile_all(configs, architectures, args.jobs, progress)
+        texts.append(table(kernels, configs, architectures))
+        sound = not any(faults(row) for row in kernels)
+    if "cuda" in possible:
+        rows = cuda_codegen.rows(configs, args.arch, args.jobs)
+        kernels += rows
+        texts.append(cuda_table(rows))
+        sound = sound and not any(cuda_codegen.faults(row) for row in rows)
+    text = "\n".join(texts)
     print(text)
     if args.json:
         _write(Path(args.json), json.dumps({"kernels": kernels}, indent=1) + "\n")
     if args.table:
         _write(Path(args.table), text)
-    return 1 if any(faults(row) for row in kernels) else 0
+    return 2 if not possible else 0 if sound else 1
 
 
 def unavailable_reason() -> str | None:
@@ -260,10 +280,6 @@ def table(kernels: list[dict[str, Any]], configs: list[Config], architectures: l
     """The report: one row per kernel, then the modelled fraction of the copy bandwidth per op."""
     import triton
 
-    head = [
-        "kernel", "configuration", "arch", "regs", "spill", "shared KB", "CTA/SM", "KB in flight", "load B", "async",
-        "matrix", "atomic", "DRAM MB", "model µs", "",
-    ]  # fmt: skip
     lines = [
         "# Triton kernels: machine code and modelled time",
         "",
@@ -271,10 +287,27 @@ def table(kernels: list[dict[str, Any]], configs: list[Config], architectures: l
         "DRAM bytes and times are a **model**, not a measurement. Loads and async copies concern the streamed",
         "activations; `KB in flight` is per multiprocessor.",
         "",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
+        *_table_lines(kernels, faults),
     ]
-    for row in kernels:
+    return "\n".join([*lines, "", *_summary(configs, architectures)]) + "\n"
+
+
+def cuda_table(rows: list[dict[str, Any]]) -> str:
+    """The report on the CUDA kernels: one row per kernel and architecture."""
+    lines = [
+        "# CUDA kernels: machine code and modelled time",
+        "",
+        "Written by `lowrank-fast codegen`, from code that nvcc compiled without a GPU. DRAM bytes and times are a",
+        "**model**, not a measurement: each argument of a launch once, at the copy bandwidth of the best-known part.",
+        "",
+        *_table_lines(rows, cuda_codegen.faults),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table_lines(rows: list[dict[str, Any]], faults: Callable[[dict[str, Any]], list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    for row in rows:
         cells = [
             row["kernel"], row["config"], row["arch"], row["registers"], row["spills"],
             f"{row['shared_bytes'] / 1024:.0f}", row["ctas_per_sm"], f"{row['bytes_in_flight'] / 1024:.0f}",
@@ -282,7 +315,7 @@ def table(kernels: list[dict[str, Any]], configs: list[Config], architectures: l
             f"{row['dram_bytes'] / 1e6:.1f}", f"{row['model_seconds'] * 1e6:.1f}", "; ".join(faults(row)),
         ]  # fmt: skip
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join([*lines, "", *_summary(configs, architectures)]) + "\n"
+    return lines
 
 
 def _summary(configs: list[Config], architectures: list[str]) -> list[str]:

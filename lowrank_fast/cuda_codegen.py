@@ -48,6 +48,7 @@ PROCESSORS = {
     "100a": Processor(228 << 10, 227 << 10, 2048, 32, 148, 7.2e12),
 }
 REGISTERS = 65536
+ARCHITECTURES = tuple(f"sm_{cuda_build.number(name)}" for name in PROCESSORS)
 
 
 # ------------------------------------------------------------------------------------------------ machine code
@@ -200,7 +201,7 @@ def row(fact: KernelFacts, launch: Launch, config: Any) -> dict[str, Any]:
     return {
         "kernel": fact.name,
         "config": str(config),
-        "arch": f"sm_{fact.arch}",
+        "arch": f"sm_{cuda_build.number(fact.arch)}",
         "registers": fact.registers,
         "spills": fact.stack,
         "local_accesses": fact.count("LDL", "STL"),
@@ -221,12 +222,12 @@ def row(fact: KernelFacts, launch: Launch, config: Any) -> dict[str, Any]:
 
 
 def rows(configs: Sequence[Any], architectures: Sequence[str] | None, jobs: int) -> list[dict[str, Any]]:
-    """Each distinct kernel once per architecture ("sm_90" is "90a"), with the first configuration that launches it."""
+    """Each distinct kernel once per architecture of ARCHITECTURES, with the first configuration that launches it."""
     found = []
     for arch, facts in compiled_facts(jobs).items():
-        if architectures and f"sm_{cuda_build.number(arch)}" not in architectures:
+        if arch not in PROCESSORS or (architectures and f"sm_{cuda_build.number(arch)}" not in architectures):
             continue
-        seen = set()
+        seen: set[str] = set()
         for config in configs:
             for launch in launches(config, arch):
                 if launch.kernel not in seen:
@@ -238,12 +239,13 @@ def rows(configs: Sequence[Any], architectures: Sequence[str] | None, jobs: int)
 def faults(row: dict[str, Any]) -> list[str]:
     """What a shipped kernel must not do, and this one does; empty when it is sound."""
     found = []
+    limit = next(part for name, part in PROCESSORS.items() if f"sm_{cuda_build.number(name)}" == row["arch"])
     streams = row["kernel"].startswith(STREAMING)
     if row["spills"] or row["local_accesses"]:
         found.append(f"spills {row['spills']} bytes")
     if row["atomics"]:
         found.append(f"{row['atomics']} atomics")
-    if row["shared_bytes"] > PROCESSORS[row["arch"].removeprefix("sm_")].block_shared:
+    if row["shared_bytes"] > limit.block_shared:
         found.append(f"needs {row['shared_bytes']} bytes of shared memory")
     if row["ctas_per_sm"] == 0:
         found.append("does not fit a multiprocessor")
