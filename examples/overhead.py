@@ -1,7 +1,7 @@
 """What an adapter costs in a training step, ours against PEFT's: time above the frozen model, and peak memory.
 
-    python examples/overhead.py [--dtype float32 bfloat16] [--rounds 7] [--layers 12] [--threads 2] [--json FILE]
-                                [--no-memory]
+    python examples/overhead.py [--dtype float32 bfloat16] [--rounds 7] [--layers 12] [--threads 2] [--variants ...]
+                                [--json FILE] [--no-memory]
 
 A LLaMA-shaped model with random weights (d 768, 12 layers, inner 2048, 12 heads, 4 x 256 tokens by default), fed with
 embeddings that require a gradient, so that every variant, the frozen one too, runs the whole backward. One process
@@ -104,11 +104,11 @@ def measure(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, list
     """Variant -> seconds of each round, variants taking turns."""
     steps = {
         name: step_of(build(name, arguments.layers, dtype), dtype, arguments.rows, arguments.tokens)
-        for name in VARIANTS
+        for name in arguments.variants
     }
     for step in steps.values():
         step()
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    seconds: dict[str, list[float]] = {name: [] for name in arguments.variants}
     for _ in range(arguments.rounds):
         for name, step in steps.items():
             start = time.perf_counter()
@@ -144,10 +144,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="frozen is always run")
     parser.add_argument("--json")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.variants = [name for name in VARIANTS if name == "frozen" or name in arguments.variants]
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
     if arguments.only:
@@ -159,7 +161,7 @@ def main() -> None:
         frozen = seconds["frozen"]
         print(f"\n{kind}: frozen model {statistics.median(frozen):.3f} s per step, median of {arguments.rounds}")
         print(f"{'variant':14} {'overhead':>9} {'p20':>7} {'p80':>7} {'peak MiB':>9}")
-        for name in VARIANTS:
+        for name in arguments.variants:
             ratios = sorted(s / f - 1 for s, f in zip(seconds[name], frozen, strict=True))
             low, high = ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]
             peak = None if arguments.no_memory else memory_of(name, kind, arguments)

@@ -7,12 +7,15 @@ expert (no router) or several, and carries the masked gradient.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from .. import functional as F
 from ..reference import ROUTER_INPUTS, ROUTINGS, bank_as_matrix, mean_over_tokens
+from .frozen import frozen_linear, frozen_linear_of, shrink_rows
 from .inplace import dtype_for, flat_stream, like_stream, may_update
 from .residual import residual_update
 from .weights import Bank, Down, positive
@@ -77,53 +80,59 @@ def routed_update(
     return out if out.shape == shape else out.view(shape)
 
 
-def update_from_hidden(
-    y: Tensor,
-    x: Tensor,
+def branch(
     t: Tensor,
     B: Tensor,
     R: Tensor | None = None,
-    scale: float = 1.0,
     *,
     logits: Tensor | None = None,
     routing: str = "token",
     weights: Tensor | None = None,
     token_mask: Tensor | None = None,
     active: Tensor | bool | None = None,
-) -> Tensor:
-    """`routed_update` where `t = x A^T [.., r]`, and the logits of a router on `x`, are there already.
+) -> tuple[Tensor, Tensor]:
+    """The update from `t = x A^T [.., r]` on as one product: `hidden [.., k]` and `up [d_out, k]`.
 
-    The router works on `[T, E]` and the mixing on the bank: both small, so plain PyTorch does them; the pass over `y`
-    is `expand_add`. `routing="sample"` is not available (one bank per sample): use `routed_update`.
+    Arguments as in `lowrank_fast.routed_projection`, but for `logits`: those of a router on `x`, instead of `R`. The
+    experts are mixed in the bank ("batch", static) or in `hidden` ("token", "sample": k = E r). Router and mixing work
+    on `[T, E]` and on the bank; the passes over `[T, d]` are left to `frozen_linear` or `expand_add`.
     """
-    B = dtype_for(B, y)
-    shape = y.shape
-    inplace = may_update(y, x)
-    if not inplace:
-        flat = flat_stream(y, x)
-        if flat is not None:
-            y, inplace, t = flat, True, t.flatten(0, -2)
-            logits = None if logits is None else logits.flatten(0, -2)
-            token_mask = None if token_mask is None else token_mask.reshape(-1)
+    if logits is None and (R is not None or weights is not None):
+        fixed = weights is not None
+        R = None if R is None or fixed else R.to(t.dtype)
+        checks.router(
+            "branch", t, t.shape[-1], B.shape[0], R, weights, token_mask, active,
+            "static" if fixed else routing, "t",
+        )  # fmt: skip
     if active is False:
         B = B.detach()
     elif isinstance(active, Tensor):
         B = torch.where(active.view(-1, 1, 1), B, B.detach())
-    hidden, up = t, B[0]
-    with _without_autocast(y.device.type):
+    with _without_autocast(t.device.type):
         if weights is not None:
-            up = torch.tensordot(weights.to(t.dtype), B.to(t.dtype), dims=1)
-        elif R is not None or logits is not None:
-            if logits is None:
-                assert R is not None
-                logits = t @ R.to(t.dtype).mT
-            p = torch.softmax(logits, -1)
-            if routing == "token":
-                hidden, up = (p[..., :, None] * t[..., None, :]).flatten(-2), bank_as_matrix(B)
-            else:
-                up = torch.tensordot(mean_over_tokens(p, "batch", token_mask), B.to(t.dtype), dims=1)
-    out = F.expand_add(y, hidden, up, scale, inplace=inplace)
-    return out if out.shape == shape else out.view(shape)
+            return t, torch.tensordot(weights.to(t.dtype), B.to(t.dtype), dims=1)
+        if logits is None and R is None:
+            return t, B[0]
+        if logits is None:
+            assert R is not None
+            logits = F.shrink(t, R)
+        p = torch.softmax(logits, -1)
+        if routing == "batch":
+            return t, torch.tensordot(mean_over_tokens(p, "batch", token_mask), B.to(t.dtype), dims=1)
+        if routing == "sample":
+            w = mean_over_tokens(p, "sample", token_mask)  # [S, E]
+            p = w.view(w.shape[0], *(1,) * (t.dim() - 2), w.shape[1])
+        return (p[..., :, None] * t[..., None, :]).flatten(-2), bank_as_matrix(B)
+
+
+def add_branch(y: Tensor, x: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
+    """`y + s * hidden up^T`, in place where that is safe; `y` is what a layer made of `x`."""
+    shape, up = y.shape, dtype_for(up, y)
+    inplace = may_update(y, x)
+    flat = None if inplace else flat_stream(y, x)
+    if flat is None:
+        return F.expand_add(y, hidden, up, scale, inplace=inplace)
+    return F.expand_add(flat, hidden.flatten(0, -2), up, scale, inplace=True).view(shape)
 
 
 class RoutedLinear(nn.Module):
@@ -182,21 +191,27 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """`[.., d_in] -> [.., d_out]`; `token_mask` (bool, `[..]`) leaves padding out of "batch" and "sample" means."""
-        router = None if self.router is None else self.router.weight
-        return routed_update(
-            self.base(x),
-            x,
-            self.down.weight,
-            self.bank.bank,
-            router if self.active or router is None else router.detach(),
-            self.scale * self.suppression,
-            routing=self.routing,
-            router_input=self.router_input,
-            token_mask=token_mask,
-            active=None if self.active else False,
-            dropout_p=self.dropout,
-            training=self.training,
-        )
+        router: Tensor | None = None if self.router is None else self.router.weight
+        if router is not None and not self.active:
+            router = router.detach()
+        scale, p = self.scale * self.suppression, self.dropout if self.training else 0.0
+        mixing: dict[str, Any] = {
+            "routing": self.routing, "token_mask": token_mask, "active": None if self.active else False,
+        }  # fmt: skip
+        linear = frozen_linear_of(self.base, x)
+        if linear is None:
+            return routed_update(
+                self.base(x), x, self.down.weight, self.bank.bank, router, scale, router_input=self.router_input,
+                dropout_p=p, training=self.training, **mixing,
+            )  # fmt: skip
+        on_x = self.router_input == "x"
+        rows = [self.down.weight] if router is None or not on_x or p > 0.0 else [self.down.weight, router]
+        source = shrink_rows(x, rows, p)
+        logits = None
+        if router is not None and on_x:  # the router sees x without dropout
+            logits = source.parts[1] if p == 0.0 else F.shrink(x, dtype_for(router, x))
+        hidden, up = branch(source.parts[0], self.bank.bank, None if on_x else router, logits=logits, **mixing)
+        return frozen_linear(linear, source, hidden, up, scale)
 
     # What `lowrank_fast.methods.reducer.Reducer` needs of a layer.
 

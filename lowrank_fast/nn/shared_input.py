@@ -6,8 +6,9 @@ its backward and produces a `dx` of its own, which autograd then adds up. `Share
     t = x [A_1; A_2; ...]^T          one read of x forward; one read of x and one dx backward
 
 when the first member is called, and hands each member its columns. For n members that saves n - 1 reads of `x` in each
-direction, n - 1 writes of `dx` and n - 1 additions of `[T, d_in]` tensors. Rows that several members share (EffiLoRA's
-one `A`) are computed once.
+direction, n - 1 writes of `dx` and n - 1 additions of `[T, d_in]` tensors; members on frozen linear layers save the
+additions of the layers' own gradients too (see `frozen`). Rows that several members share (EffiLoRA's one `A`) are
+computed once.
 
 Members recognise the shared input by identity of the tensor object, its version and the grad mode. If they turn out to
 read different tensors (cross attention) the group dissolves for good, at the price of one wasted shrink.
@@ -23,8 +24,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import functional as F
-from .inplace import dtype_for
+from .frozen import Hidden, shrink_rows
 
 # Names of sibling layers that read one tensor in the models at hand.
 SIBLINGS: tuple[tuple[str, ...], ...] = (
@@ -78,50 +78,48 @@ class SharedInput:
         self._input: weakref.ref[Tensor] | None = None
         self._key: tuple[object, ...] = ()
         self._parts: dict[int, list[Tensor]] = {}
+        self._reader: list[Tensor] = []
         self.dissolved = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> SharedInput:
         # Members hold the group and the group holds them: known to `memo` before they are copied.
         twin = copy.copy(self)
         memo[id(self)] = twin
-        twin._rows, twin._input, twin._parts = copy.deepcopy(self._rows, memo), None, {}
+        twin._rows, twin._input, twin._parts, twin._reader = copy.deepcopy(self._rows, memo), None, {}, []
         return twin
 
     def take(
-        self, member: int, x: Tensor, like: Tensor, dropout_p: float = 0.0, training: bool = False
-    ) -> list[Tensor] | None:
-        """The columns `x rows^T  [.., r_i]` of a member, one tensor per row block; None if it must do its own shrink.
+        self, member: int, x: Tensor, dtype: torch.dtype, dropout_p: float = 0.0, training: bool = False
+    ) -> Hidden | None:
+        """The columns `x rows^T  [.., r_i]` of a member, one part per row block; None if it must do its own shrink.
 
-        `like` is the stream, whose dtype decides that of the product. One dropout mask serves the whole group.
+        `dtype` is that of the stream, in which `x` is read. One dropout mask serves the whole group.
         """
         if self.dissolved or torch.compiler.is_compiling():
             return None
-        key = (0 if x.is_inference() else x._version, torch.is_grad_enabled(), like.dtype, training, dropout_p)
+        key = (0 if x.is_inference() else x._version, torch.is_grad_enabled(), dtype, training, dropout_p)
         same = self._input is not None and self._input() is x and key == self._key
         if same and member in self._parts:
-            parts = self._parts.pop(member)
+            hidden = Hidden(self._parts.pop(member), self._reader)
             if not self._parts:
-                self._input = None
-            return parts
+                self._input, self._reader = None, []
+            return hidden
         if self._parts and member != 0:  # called with something else than the first member was
-            self.dissolved, self._parts, self._input = True, {}, None
+            self.dissolved, self._parts, self._input, self._reader = True, {}, None, []
             return None
         if member != 0:
             return None
-        return self._compute(x, like, key, dropout_p, training)
+        return self._compute(x, dtype, key, dropout_p if training else 0.0)
 
-    def _compute(
-        self, x: Tensor, like: Tensor, key: tuple[object, ...], dropout_p: float, training: bool
-    ) -> list[Tensor] | None:
-        wanted = [rows(training and dropout_p > 0.0) for rows in self._rows]
+    def _compute(self, x: Tensor, dtype: torch.dtype, key: tuple[object, ...], dropout_p: float) -> Hidden | None:
+        wanted = [rows(dropout_p > 0.0) for rows in self._rows]
         unique = {_identity(block): block for blocks in wanted for block in blocks}
         if len({block.dtype for block in unique.values()}) > 1:
             self.dissolved = True
             return None
-        blocks = [dtype_for(block, like) for block in unique.values()]
-        stacked = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-        t = F.shrink(x.to(like.dtype), stacked, dropout_p=dropout_p, training=training)
-        columns = dict(zip(unique, t.split([block.shape[0] for block in blocks], -1), strict=True))
+        hidden = shrink_rows(x.to(dtype), list(unique.values()), dropout_p)
+        columns = dict(zip(unique, hidden.parts, strict=True))
         self._parts = {i: [columns[_identity(block)] for block in blocks] for i, blocks in enumerate(wanted) if i}
-        self._input, self._key = weakref.ref(x), key
-        return [columns[_identity(block)] for block in wanted[0]]
+        if self._parts:
+            self._input, self._key, self._reader = weakref.ref(x), key, hidden.reader
+        return Hidden([columns[_identity(block)] for block in wanted[0]], hidden.reader)

@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.lily.layer import Linear as PeftLilyLinear
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..nn.residual import residual_update
-from ..nn.routed import routed_update, update_from_hidden
+from ..nn.frozen import Hidden, frozen_linear, frozen_linear_of, shrink_rows
+from ..nn.routed import add_branch, branch, routed_update
 from ..nn.shared_input import SharedInput, sibling_groups
 from .layer import FastLinear
 from .lor2c import LoR2CLayer
@@ -69,66 +70,101 @@ def _plain_call(layer: Any, kwargs: dict[str, Any]) -> bool:
     return not (layer.disable_adapters or layer.merged or kwargs.get("adapter_names") is not None)
 
 
-def _dropout(layer: Any, adapter: str) -> float:
-    module = layer.lora_dropout[adapter]
-    return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
+class _Lora:
+    """What differs between methods: the tensors of one LoRA adapter of a layer."""
+
+    @staticmethod
+    def holds(layer: Any, adapter: str) -> bool:
+        return adapter in layer.lora_A
+
+    @staticmethod
+    def dropout(layer: Any, adapter: str) -> float:
+        module = layer.lora_dropout[adapter]
+        return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
+
+    @staticmethod
+    def down(layer: Any, adapter: str) -> Tensor:
+        return layer.lora_A[adapter].weight
+
+    @staticmethod
+    def bank(layer: Any, adapter: str) -> tuple[Tensor, Tensor | None]:
+        return layer.lora_B[adapter].weight[None], None
 
 
-def _lora_rows(layer: Any, with_dropout: bool) -> list[Tensor]:
-    return [layer.lora_A[layer.active_adapters[0]].weight]
+class _Lily:
+    """The same for PEFT's Lily."""
+
+    @staticmethod
+    def holds(layer: Any, adapter: str) -> bool:
+        return adapter in layer.lily_A
+
+    @staticmethod
+    def dropout(layer: Any, adapter: str) -> float:
+        return 0.0
+
+    @staticmethod
+    def down(layer: Any, adapter: str) -> Tensor:
+        return layer.lily_A[adapter].weight
+
+    @staticmethod
+    def bank(layer: Any, adapter: str) -> tuple[Tensor, Tensor | None]:
+        stacked = layer.lily_B[adapter].weight
+        bank = stacked.view(layer.num_B[adapter], -1, stacked.shape[1]).transpose(1, 2)  # [E, d_out, r], no copy
+        return bank, layer.lily_router[adapter].weight
 
 
-def _lily_rows(layer: Any, with_dropout: bool) -> list[Tensor]:
-    return [layer.lily_A[layer.active_adapters[0]].weight]
+def _kind(layer: Any) -> type[_Lora] | type[_Lily]:
+    return _Lily if type(layer) is PeftLilyLinear else _Lora
 
 
-def _shared(layer: Any, adapters: Any, dropout_p: float, y: Tensor, x: Tensor) -> list[Tensor] | None:
+def _rows(layer: Any, with_dropout: bool) -> list[Tensor]:
+    return [_kind(layer).down(layer, layer.active_adapters[0])]
+
+
+def _shared(layer: Any, adapters: list[str], dropout_p: float, x: Tensor, dtype: torch.dtype) -> Hidden | None:
     """The fused shrink. Not with dropout: PEFT draws one mask per layer, a group would draw one for all."""
     found = getattr(layer, _MARK)
     if found is None or len(layer.active_adapters) != 1 or dropout_p > 0.0:
         return None
     group, member = found
-    if member == 0 and any(layer.active_adapters[0] not in getattr(m, adapters) for m in group.layers):
+    if member == 0 and not all(_kind(m).holds(m, adapters[0]) for m in group.layers):
         return None
-    return group.take(member, x, y)
+    return group.take(member, x, dtype)
 
 
-def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if not _plain_call(self, kwargs):
         return type(self).forward(self, x, *args, **kwargs)
-    self._check_forward_args(x, *args, **kwargs)
+    if hasattr(self, "_check_forward_args"):
+        self._check_forward_args(x, *args, **kwargs)
     kwargs.pop("adapter_names", None)
+    kind = _kind(self)
+    adapters = [name for name in self.active_adapters if kind.holds(self, name)]
+    linear = frozen_linear_of(self.base_layer, x) if len(adapters) == 1 and not (args or kwargs) else None
+    if linear is not None:
+        return _with_frozen(self, kind, linear, adapters[0], x)
     y = self.base_layer(x, *args, **kwargs)
-    for adapter in self.active_adapters:
-        if adapter not in self.lora_A:
-            continue
-        dropout_p = _dropout(self, adapter)
-        parts = _shared(self, "lora_A", dropout_p, y, x)
-        up, scale = self.lora_B[adapter].weight, self.scaling[adapter]
-        if parts is not None:
-            y = update_from_hidden(y, x, parts[0], up[None], None, scale)
+    for name in adapters:
+        p = kind.dropout(self, name)
+        source = _shared(self, adapters, p, x, y.dtype)
+        bank, router = kind.bank(self, name)
+        if source is not None:
+            y = add_branch(y, x, *branch(source.parts[0], bank, router, routing="batch"), self.scaling[name])
         else:
-            down = self.lora_A[adapter].weight
-            y = residual_update(y, x, down, up, scale, dropout_p=dropout_p, training=dropout_p > 0.0)
+            y = routed_update(
+                y, x, kind.down(self, name), bank, router, self.scaling[name], routing="batch", dropout_p=p,
+                training=p > 0.0,
+            )  # fmt: skip
     return y
 
 
-def _lily_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if not _plain_call(self, kwargs):
-        return type(self).forward(self, x, *args, **kwargs)
-    y = self.base_layer(x, *args, **kwargs)
-    for adapter in self.active_adapters:
-        if adapter not in self.lily_A:
-            continue
-        stacked = self.lily_B[adapter].weight
-        bank = stacked.view(self.num_B[adapter], -1, stacked.shape[1]).transpose(1, 2)  # [E, d_out, r], no copy
-        router, scale = self.lily_router[adapter].weight, self.scaling[adapter]
-        parts = _shared(self, "lily_A", 0.0, y, x)
-        if parts is not None:
-            y = update_from_hidden(y, x, parts[0], bank, router, scale, routing="batch")
-        else:
-            y = routed_update(y, x, self.lily_A[adapter].weight, bank, router, scale, routing="batch")
-    return y
+def _with_frozen(layer: Any, kind: type[_Lora] | type[_Lily], linear: nn.Linear, name: str, x: Tensor) -> Tensor:
+    p = kind.dropout(layer, name)
+    source = _shared(layer, [name], p, x, x.dtype)
+    if source is None:
+        source = shrink_rows(x, [kind.down(layer, name)], p)
+    bank, router = kind.bank(layer, name)
+    return frozen_linear(linear, source, *branch(source.parts[0], bank, router, routing="batch"), layer.scaling[name])
 
 
 def accelerate_adapters(model: nn.Module, *, fuse_inputs: bool = True, verbose: bool = True) -> AccelerationReport:
@@ -152,8 +188,7 @@ def accelerate_adapters(model: nn.Module, *, fuse_inputs: bool = True, verbose: 
             continue
         taken[name] = layer
         object.__setattr__(layer, _MARK, None)
-        forward = _lily_forward if type(layer) is PeftLilyLinear else _lora_forward
-        object.__setattr__(layer, "forward", types.MethodType(forward, layer))
+        object.__setattr__(layer, "forward", types.MethodType(_forward, layer))
     groups = _group(taken) if fuse_inputs else 0
     report = AccelerationReport(list(taken), refused, groups)
     if verbose:
@@ -165,8 +200,7 @@ class _Group(SharedInput):
     """A `SharedInput` that knows its layers."""
 
     def __init__(self, layers: list[Any]) -> None:
-        rows = [partial(_lily_rows if type(m) is PeftLilyLinear else _lora_rows, m) for m in layers]
-        super().__init__(rows)
+        super().__init__([partial(_rows, layer) for layer in layers])
         self.layers = layers
 
     def __deepcopy__(self, memo: dict[int, object]) -> SharedInput:

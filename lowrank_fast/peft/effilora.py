@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .. import functional as F
 from ..methods.blocks import linear_sizes
 from ..methods.reducer import Reducer, ReducerState
-from ..nn.inplace import dtype_for, like_stream
-from ..nn.routed import routed_update, update_from_hidden
+from ..nn.inplace import dtype_for
+from ..nn.routed import branch, routed_update
 from ..nn.weights import Bank, Down
 from .config import EffiLoRAConfig
 from .layer import FastLinear, is_linear
@@ -90,19 +90,22 @@ class EffiLoRALayer(FastLinear):
         A, _, router, _ = self._tensors(adapter)
         return [A] if router is None or with_dropout else [A, router]
 
-    def _update(self, adapter: str, y: Tensor, x: Tensor) -> Tensor:
-        A, bank, router, active = self._tensors(adapter)
-        scale = self.scaling[adapter] * self.suppression[adapter]
-        parts = self.shared(adapter, y, x)
-        if parts is None:
-            return routed_update(
-                y, x, A, bank, router, scale, routing="token", router_input="x", active=active,
-                dropout_p=self.dropout[adapter], training=self.training,
-            )  # fmt: skip
+    def scale(self, adapter: str) -> float:
+        return self.scaling[adapter] * self.suppression[adapter]
+
+    def branch(self, adapter: str, x: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        _, bank, router, active = self._tensors(adapter)
         logits = None
-        if router is not None:
-            logits = parts[1] if len(parts) > 1 else F.shrink(like_stream(x, y), dtype_for(router, y))
-        return update_from_hidden(y, x, parts[0], bank, None, scale, logits=logits, routing="token", active=active)
+        if router is not None:  # with dropout the router's rows are not in the common shrink
+            logits = parts[1] if len(parts) > 1 else F.shrink(x, dtype_for(router, x))
+        return branch(parts[0], bank, logits=logits, active=active)
+
+    def update(self, adapter: str, y: Tensor, x: Tensor) -> Tensor:
+        A, bank, router, active = self._tensors(adapter)
+        return routed_update(
+            y, x, A, bank, router, self.scale(adapter), routing="token", router_input="x", active=active,
+            dropout_p=self.dropout[adapter], training=self.training,
+        )  # fmt: skip
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
         if self.num_B[adapter] > 1:

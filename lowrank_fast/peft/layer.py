@@ -15,6 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..methods.blocks import linear_sizes
+from ..nn.frozen import Hidden, frozen_linear, frozen_linear_of, shrink_rows
+from ..nn.routed import add_branch
 from ..nn.shared_input import SharedInput
 from .tuner import PaddingMask
 
@@ -29,7 +31,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 class FastLinear(nn.Module, BaseTunerLayer):
-    """Base of the adapter layers. Subclasses give `_update`, `rows`, `factors` and the tensors."""
+    """Base of the adapter layers. Subclasses give `rows`, `branch`, `update`, `factors` and the tensors."""
 
     other_param_names: tuple[str, ...] = ("r", "scaling", "dropout", "groups")
 
@@ -49,37 +51,58 @@ class FastLinear(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------------------------------ forward
 
-    def _update(self, adapter: str, y: Tensor, x: Tensor) -> Tensor:
+    def rows(self, adapter: str, with_dropout: bool) -> list[Tensor]:
+        """The matrices this layer multiplies its input with; with dropout, those that see it through the mask."""
         raise NotImplementedError
 
-    def rows(self, adapter: str, with_dropout: bool) -> list[Tensor]:
-        """The matrices this layer multiplies its input with, for `SharedInput`."""
+    def branch(self, adapter: str, x: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The update as `hidden [.., k]` and `up [d_out, k]`, from the shrink `parts` of `rows`."""
         raise NotImplementedError
+
+    def update(self, adapter: str, y: Tensor, x: Tensor) -> Tensor:
+        """`y` with the whole update, shrink included, in one operation."""
+        raise NotImplementedError
+
+    def scale(self, adapter: str) -> float:
+        """Factor of the update."""
+        return self.scaling[adapter]
 
     def rows_of(self, adapter: str) -> Callable[[bool], list[Tensor]]:
         """`rows` with the adapter filled in."""
         return partial(self.rows, adapter)
 
-    def shared(self, adapter: str, y: Tensor, x: Tensor) -> list[Tensor] | None:
+    def shared(self, adapter: str, x: Tensor, dtype: torch.dtype) -> Hidden | None:
         """This layer's share of the fused shrink of its group; None where it must do its own."""
         if adapter not in self.groups or len(self.active_adapters) != 1:
             return None
         group, member = self.groups[adapter]
-        return group.take(member, x, y, self.dropout[adapter], self.training)
+        return group.take(member, x, dtype, self.dropout[adapter], self.training)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with the updates of the active adapters."""
-        if self._disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        names = (
+            [] if self._disable_adapters or self.merged else [name for name in self.active_adapters if name in self.r]
+        )
+        linear = frozen_linear_of(self.base_layer, x) if len(names) == 1 and not (args or kwargs) else None
+        if linear is not None:
+            return self._with_frozen(linear, names[0], x)
         y = self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return y
-        for adapter in self.active_adapters:
-            if adapter in self.r:
-                y = self._update(adapter, y, x)
+        for name in names:
+            source = self.shared(name, x, y.dtype)
+            if source is None:
+                y = self.update(name, y, x)
+            else:
+                y = add_branch(y, x, *self.branch(name, x, source.parts), self.scale(name))
         return y
+
+    def _with_frozen(self, linear: nn.Linear, name: str, x: Tensor) -> Tensor:
+        source = self.shared(name, x, x.dtype)
+        if source is None:
+            p = self.dropout[name] if self.training else 0.0
+            source = shrink_rows(x, self.rows(name, p > 0.0), p)
+        return frozen_linear(linear, source, *self.branch(name, x, source.parts), self.scale(name))
 
     # ------------------------------------------------------------------------------------------ merging
 

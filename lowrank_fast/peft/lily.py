@@ -18,7 +18,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ..methods.calibration import WeightRecorder
-from ..nn.routed import routed_update, update_from_hidden
+from ..nn.routed import branch, routed_update
 from ..nn.weights import Bank, Down, uniform_
 from .config import LilyConfig
 from .layer import FastLinear, is_linear
@@ -62,24 +62,34 @@ class LilyLayer(FastLinear):
     def rows(self, adapter: str, with_dropout: bool) -> list[Tensor]:
         return [self.lily_A[adapter].weight]
 
-    def _update(self, adapter: str, y: Tensor, x: Tensor) -> Tensor:
-        bank, router = self.lily_B[adapter].bank, self.lily_router[adapter].weight
-        routing = self.routing[adapter]
-        static = self.lily_static[adapter] if adapter in self.lily_static else None  # noqa: SIM401  (no get)
-        mask = self.padding.tokens(x) if self.use_mask[adapter] and routing != "token" else None
+    def _static(self, adapter: str) -> Tensor | None:
+        return self.lily_static[adapter] if adapter in self.lily_static else None  # noqa: SIM401  (no get)
+
+    def _mask(self, adapter: str, x: Tensor) -> Tensor | None:
+        averaged = self.use_mask[adapter] and self.routing[adapter] != "token"
+        return self.padding.tokens(x) if averaged else None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `FastLinear.forward`; while a calibration runs, it records the routing weights."""
         if self.recorder is not None:
-            self.recorder.record(self, x, self.lily_A[adapter].weight, router, self.padding.tokens(x))
-        parts = None if routing == "sample" and static is None else self.shared(adapter, y, x)
-        if parts is not None:
-            return update_from_hidden(
-                y, x, parts[0], bank, None if static is not None else router, self.scaling[adapter],
-                routing=routing, weights=static, token_mask=mask,
-            )  # fmt: skip
-        if static is not None:
-            routing, router = "static", None
+            for name in self.r.keys() & set(self.active_adapters):
+                A, R = self.lily_A[name].weight, self.lily_router[name].weight
+                self.recorder.record(self, x, A, R, self.padding.tokens(x))
+        return super().forward(x, *args, **kwargs)
+
+    def branch(self, adapter: str, x: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return branch(
+            parts[0], self.lily_B[adapter].bank, self.lily_router[adapter].weight, routing=self.routing[adapter],
+            weights=self._static(adapter), token_mask=self._mask(adapter, x),
+        )  # fmt: skip
+
+    def update(self, adapter: str, y: Tensor, x: Tensor) -> Tensor:
+        static = self._static(adapter)
+        routing, router = self.routing[adapter], self.lily_router[adapter].weight
         return routed_update(
-            y, x, self.lily_A[adapter].weight, bank, router, self.scaling[adapter], routing=routing, weights=static,
-            token_mask=mask, dropout_p=self.dropout[adapter], training=self.training,
+            y, x, self.lily_A[adapter].weight, self.lily_B[adapter].bank, router if static is None else None,
+            self.scaling[adapter], routing=routing if static is None else "static", weights=static,
+            token_mask=self._mask(adapter, x), dropout_p=self.dropout[adapter], training=self.training,
         )  # fmt: skip
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:

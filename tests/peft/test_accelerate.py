@@ -66,23 +66,51 @@ def test_lily_keeps_its_forward_gradients_and_adamw_step(fuse: bool) -> None:
     assert relative(found[2], expected[2]) < 1e-6
 
 
+def loss_curve(model: Any, rate: float, flip: bool = False) -> torch.Tensor:
+    """Losses of 100 AdamW steps over eight batches, float64; `flip` turns the order of the rows of each batch."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    losses = []
+    for i in range(100):
+        batch = {name: t.flip(0) if flip else t for name, t in tiny.batch("llama", seed=i % 8).items()}
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def drift(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest relative difference of two curves."""
+    return float(((a - b) / b).abs().max())
+
+
 @pytest.mark.slow
-def test_a_hundred_steps_give_the_same_loss_curve() -> None:
-    curves = []
-    for fast in (True, False):
-        model = lora(targets=CALLS)
-        if fast:
-            accelerate_adapters(model, verbose=False)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        curves.append([])
-        for i in range(100):
-            loss = model(**tiny.batch("llama", seed=i % 8)).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            curves[-1].append(float(loss.detach()))
-    assert curves[0][-1] < curves[0][0] - 0.1
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+@pytest.mark.parametrize("kind", ["lora", "lily"])
+def test_a_hundred_steps_give_the_same_loss_curve(kind: str) -> None:
+    make = (lambda: lora(targets=CALLS)) if kind == "lora" else lily
+    fast = make()
+    accelerate_adapters(fast, verbose=False)
+    found, expected = loss_curve(fast, 1e-3), loss_curve(make(), 1e-3)
+    assert drift(found, expected) < 1e-4
+    assert float(expected.max() - expected.min()) > 100 * 1e-4 * float(expected.max()), "a curve that moves"
+
+
+@pytest.mark.slow
+def test_at_a_rate_where_pefts_own_curve_depends_on_the_order_of_rows_ours_stays_within_that() -> None:
+    """LoRA at 3e-3 is chaotic: rounding alone moves PEFT's curve by more than 1e-4, so no other sum can meet that."""
+    fast, rate = lora(targets=CALLS), 3e-3
+    accelerate_adapters(fast, verbose=False)
+    peft_curve = loss_curve(lora(targets=CALLS), rate)
+    truth = loss_curve(lora(targets=CALLS).double(), rate)
+    rounding = max(
+        drift(loss_curve(lora(targets=CALLS), rate, flip=True), peft_curve),
+        drift(loss_curve(lora(targets=CALLS), rate, flip=True), truth),
+    )
+    found = loss_curve(fast, rate)
+    assert rounding > 1e-4
+    assert drift(found, peft_curve) < 2 * rounding
+    assert drift(found, truth) < 2 * rounding
 
 
 def test_it_is_reversible_and_repeatable_to_the_bit() -> None:
@@ -211,19 +239,22 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["lora", "lily"])
 def test_q_k_v_share_one_shrink_and_one_dx(kind: str) -> None:
-    x = torch.randn(2, 40, tiny.HIDDEN, requires_grad=True)
-    counts = {}
-    for fuse in (True, False):
-        model = lora(targets=["q_proj", "k_proj", "v_proj"]) if kind == "lora" else lily(target_modules=CALLS[:3])
-        accelerate_adapters(model, fuse_inputs=fuse, verbose=False)
+    """PEFT adds up six gradients of x; apart, each layer makes one; together they make one between them."""
+    targets = ["q_proj", "k_proj", "v_proj"]
+    for fuse, additions, reads in ((None, 5, 0), (False, 2, 3), (True, 0, 1)):
+        model = lora(targets=targets) if kind == "lora" else lily(target_modules=targets)
+        if fuse is not None:
+            accelerate_adapters(model, fuse_inputs=fuse, verbose=False)
         attention = model.base_model.model.model.layers[0].self_attn
-        with Calls(x.numel()) as calls:
-            sum(p(x).square().sum() for p in (attention.q_proj, attention.k_proj, attention.v_proj)).backward()
-        counts[fuse] = calls
-    single = {op: n for op, n in counts[False].ops.items() if "backward" in op}
-    assert sum(single.values()) == 3, "apart: three backwards, each reads x and writes a dx"
-    assert counts[True].ops["shrink"] == counts[True].ops["shrink_backward"] == 1
-    assert counts[False].additions - counts[True].additions >= 2, "two additions of [T, d] tensors are saved"
+        x = torch.randn(2, 40, tiny.HIDDEN, requires_grad=True)
+        with Calls(x.numel()) as forward:
+            outputs = [p(x) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        gradients = [torch.randn_like(y) for y in outputs]
+        with Calls(x.numel()) as backward:
+            torch.autograd.backward(outputs, gradients)
+        routers = 3 if kind == "lily" and fuse is not None else 0  # a router's product with t is a shrink of t
+        assert backward.additions == additions
+        assert forward.ops.get("shrink", 0) == backward.ops.get("shrink_backward", 0) == reads + routers
 
 
 def test_members_that_read_different_tensors_dissolve_their_group_and_stay_right() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,13 @@ def step_of(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, d
     out.loss.backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     gradients = {n: p.grad.clone() for n, p in trained.items()}
-    torch.optim.AdamW(trained.values(), lr=1e-3, eps=1e-4).step()
+    torch.optim.AdamW(trained.values(), lr=1e-3).step()
     return out.logits.detach(), gradients, torch.cat([p.detach().flatten() for p in trained.values()])
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
 
 
 def random_configurations(count: int) -> list[Any]:
@@ -91,12 +93,28 @@ def test_batch_routing_equals_pefts_lily_in_forward_gradients_and_an_adamw_step(
     assert gradients.keys() == their_gradients.keys()
     assert relative(_flat(gradients), _flat(their_gradients)) < 1e-6
     assert relative(after, their_after) < 1e-6
-    # A router's gradient is a small difference of large sums: each is held to 1e-6 of the largest router gradient.
-    kinds = ("lily_A", "lily_B", "lily_router")
-    size = {k: max(float(g.norm()) for n, g in their_gradients.items() if k in n) for k in kinds}
-    for name, gradient in gradients.items():
-        kind = next(k for k in kinds if k in name)
-        assert float((gradient - their_gradients[name]).norm()) < 1e-6 * size[kind], name
+
+
+def test_every_tensors_gradient_is_as_close_to_float64_as_pefts() -> None:
+    """1e-6, or twice what the order of the rows does to PEFT's own fp32 gradient of that tensor.
+
+    PEFT misses 1e-6 on single tensors too: a router's gradient is a difference of nearly equal numbers,
+    <G, B_1> - <G, B_2>, and takes over the rounding of G magnified.
+    """
+    missed = 0
+    for architecture, targets, fields in (parameters.values for parameters in random_configurations(9)):
+        ours, theirs = pair(architecture, targets, **fields)
+        exact = copy.deepcopy(theirs).double()
+        batch = tiny.batch(architecture)
+        truth = step_of(exact, {n: t.double() if t.is_floating_point() else t for n, t in batch.items()})[1]
+        orders = [[0, 1, 2], [2, 1, 0], [1, 0, 2], [0, 2, 1]]
+        runs = [step_of(copy.deepcopy(theirs), {n: t[order] for n, t in batch.items()})[1] for order in orders]
+        for name, gradient in step_of(ours, batch)[1].items():
+            error = relative(gradient, truth[name])
+            rounding = max(relative(run[name], truth[name]) for run in runs)
+            missed += rounding > 1e-6
+            assert error < max(1e-6, 2 * rounding), (name, error, rounding)
+    assert missed, "PEFT's own gradients all meet 1e-6: hold ours to that alone"
 
 
 def _flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -141,7 +159,7 @@ def test_a_hundred_steps_give_pefts_loss_curve() -> None:
             optimizer.step()
             optimizer.zero_grad()
             curves[-1].append(float(loss.detach()))
-    assert curves[0][-1] < curves[0][0] - 0.1
+    assert max(curves[1]) - min(curves[1]) > 100 * 1e-4 * max(curves[1]), "a curve that moves"
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
@@ -248,9 +266,39 @@ def cache_difference(model: Any) -> float:
     return float((torch.cat(parts, 1) - full).abs().max())
 
 
-@pytest.mark.parametrize("difference", [prefix_difference, mate_difference, padding_difference, cache_difference])
-def test_token_routing_is_causal_and_independent_of_batch_padding_and_cache(difference: Any) -> None:
-    assert difference(lily("token")) < 1e-5
+@pytest.mark.parametrize("recording", [True, False])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_token_routed_layer_gives_a_token_the_same_bits_whatever_is_beside_it(fuse: bool, recording: bool) -> None:
+    """Other rows, fewer rows, a single token: nothing in the update depends on them. Training and inference."""
+    layers = [m for m in lily("token", fuse_inputs=fuse).modules() if isinstance(m, LilyLayer)]
+    x = torch.randn(3, 7, tiny.HIDDEN, generator=torch.Generator().manual_seed(1)).requires_grad_(recording)
+    with torch.set_grad_enabled(recording):
+        for layer in layers[:3]:  # q, k, v: one group
+            layer.base_layer.weight.zero_()  # the update alone: a GEMM's rows depend on how many there are
+            whole, first, single = layer(x), layer(x[:1]), layer(x[2:, 3:4])
+            assert torch.equal(whole[:1], first)
+            assert torch.equal(whole[2:, 3:4], single)
+            assert float(whole.detach().abs().max()) > 0.1
+
+
+def test_a_later_token_changes_nothing_before_it() -> None:
+    assert prefix_difference(lily("token")) == 0.0
+
+
+def rounding(model: Any) -> float:
+    """Change of the logits when the embeddings move by one unit in the last place: what fp32 can tell apart."""
+    ids, generator = tiny.batch("llama", rows=2)["input_ids"], torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        x = model.get_input_embeddings()(ids)
+        moved = x * (1 + torch.finfo(x.dtype).eps * torch.randint(-1, 2, x.shape, generator=generator))
+        return float((model(inputs_embeds=x).logits - model(inputs_embeds=moved).logits).abs().max())
+
+
+@pytest.mark.parametrize("difference", [mate_difference, padding_difference, cache_difference])
+def test_token_routing_is_independent_of_batch_padding_and_cache(difference: Any) -> None:
+    """Exactly in float64; in float32 to the rounding of the base model, whose products depend on the row count."""
+    assert difference(lily("token").double()) < 1e-12
+    assert difference(lily("token")) < rounding(lily("token")) < 2e-5
 
 
 @pytest.mark.parametrize("difference", [prefix_difference, mate_difference, cache_difference])
@@ -260,14 +308,14 @@ def test_batch_routing_is_none_of_these(difference: Any) -> None:
 
 
 def test_sample_routing_is_independent_of_batch_mates_and_of_padding_but_not_causal() -> None:
-    assert mate_difference(lily("sample")) < 1e-5
-    assert padding_difference(lily("sample")) < 1e-5
+    assert mate_difference(lily("sample")) < 1e-6
+    assert padding_difference(lily("sample")) < 1e-6
     assert padding_difference(lily("sample", use_attention_mask=False)) > 1e-4
     assert prefix_difference(lily("sample")) > 1e-4
 
 
 def test_batch_routing_leaves_padding_out_where_there_is_a_mask() -> None:
-    assert padding_difference(lily("batch")) < 1e-5
+    assert padding_difference(lily("batch")) < 1e-6
     assert padding_difference(lily("batch", use_attention_mask=False)) > 1e-4
 
 
