@@ -1,11 +1,12 @@
-// The Python module `lowrank_fast._C`. Importing it registers the CPU kernels for the ops; the functions below only say
-// what was built and what is in use.
+// The Python module `lowrank_fast._C`. Importing it registers the CPU kernels for the ops; the functions below say what
+// was built and what is in use, and stand in for public functions in eager mode (cpu/eager.cpp).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <map>
 
 #include "cpu/dispatch.h"
+#include "cpu/eager.h"
 
 namespace {
 
@@ -42,4 +43,5 @@ PYBIND11_MODULE(_C, m) {
         "AVX-512 bf16.");
   m.def("set_isa", &lowrank::set_isa, "Use another of `testable_isas()`; ValueError for any other.");
   m.def("build_info", &build_info, "Compiler and library versions of this build.");
+  lowrank::add_eager_functions(m.ptr());
 }

@@ -1,10 +1,18 @@
 // expand_add: out = y + s t B^T, the second half of the residual add; backward dt = s g B, dB = s g^T t.
 #include <torch/library.h>
 
+#include "checks.h"
 #include "engine.h"
 
 namespace lowrank {
 namespace {
+
+// y (or in a backward its gradient), t [.., r], B [d_out, r]
+void check_expand(const char* stream, const Tensor& y, const Tensor& t, const Tensor& B) {
+  check_activation(stream, y);
+  check_parameter("B", B, y, {y.size(-1), B.dim() == 2 ? B.size(1) : 1});
+  check_hidden("t", t, y, B.size(1));
+}
 
 void add_into(const Tensor& out_tensor, const Tensor& y_tensor, const Tensor& t_tensor, const Tensor& B, double scale) {
   const Rows y = rows_of(y_tensor), out = rows_of(out_tensor);
@@ -19,15 +27,23 @@ void add_into(const Tensor& out_tensor, const Tensor& y_tensor, const Tensor& t_
 }
 
 Tensor expand_add(const Tensor& y, const Tensor& t, const Tensor& B, double scale) {
+  check_expand("y", y, t, B);
   Tensor out = activations(y, y.size(-1));
   add_into(out, y, t, B, scale);
   return out;
 }
 
-void expand_add_(Tensor& y, const Tensor& t, const Tensor& B, double scale) { add_into(y, y, t, B, scale); }
+void expand_add_(Tensor& y, const Tensor& t, const Tensor& B, double scale) {
+  check_expand("y", y, t, B);
+  check_written("y", y, y, {t, B});
+  add_into(y, y, t, B, scale);
+}
 
 std::tuple<Tensor, Tensor> expand_add_backward(const Tensor& g_tensor, const Tensor& t_tensor, const Tensor& B,
                                                double scale, bool need_dt, bool need_dB) {
+  check_activation("g", g_tensor);
+  check_parameter("B", B, g_tensor, {g_tensor.size(-1), B.dim() == 2 ? B.size(1) : 1});
+  if (need_dB) check_hidden("t", t_tensor, g_tensor, B.size(1));
   const Rows g = rows_of(g_tensor);
   const Factor up = factor_of(B, 0, g.matrix.cols);
   const int64_t k = up.k, padded = pad_rank(k);

@@ -4,6 +4,7 @@
 //   backward  v = g B, u = s v, dB = g^T (s t), dx = u A, dA = u^T dropout(x)
 #include <torch/library.h>
 
+#include "checks.h"
 #include "engine.h"
 
 namespace lowrank {
@@ -13,12 +14,9 @@ using Seed = std::optional<Tensor>;
 
 Tensor add_into(const Tensor& out_tensor, const Tensor& y_tensor, const Tensor& x_tensor, const Tensor& A,
                 const Tensor& B, double scale, double dropout_p, const Seed& seed, bool save_t) {
+  check_update("y", y_tensor, x_tensor, A, B);
   const Rows x = rows_of(x_tensor), y = rows_of(y_tensor), out = rows_of(out_tensor);
-  check_rows("x", x, y.count, y_tensor);
-  check_rows("out", out, y.count, y_tensor);
-  TORCH_CHECK(out.matrix.cols == y.matrix.cols, "lowrank_fast: out must be like y");
   const Factor down = factor_of(A, 1, x.matrix.cols), up = factor_of(B, 0, y.matrix.cols);
-  TORCH_CHECK(down.k == up.k, "lowrank_fast: A has rank ", down.k, " and B ", up.k);
   const int64_t k = down.k, padded = pad_rank(k);
   const Dtype dtype = dtype_of(y_tensor);
   Tensor t_tensor = save_t ? hidden(x_tensor, k) : at::empty({0}, x_tensor.options().dtype(at::kFloat));
@@ -37,6 +35,7 @@ Tensor add_into(const Tensor& out_tensor, const Tensor& y_tensor, const Tensor& 
 
 std::tuple<Tensor, Tensor> residual_add(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B,
                                         double scale, double dropout_p, const Seed& seed, bool save_t) {
+  check_activation("y", y);
   Tensor out = activations(y, y.size(-1));
   Tensor t = add_into(out, y, x, A, B, scale, dropout_p, seed, save_t);
   return {out, t};
@@ -44,12 +43,26 @@ std::tuple<Tensor, Tensor> residual_add(const Tensor& y, const Tensor& x, const 
 
 Tensor residual_add_(Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale, double dropout_p,
                      const Seed& seed, bool save_t) {
+  check_written("y", y, y, {x, A, B});
   return add_into(y, y, x, A, B, scale, dropout_p, seed, save_t);
 }
 
 Tensor residual_add_out(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale,
                         double dropout_p, const Seed& seed, bool save_t, Tensor& out) {
+  check_written("out", out, y, {x, A, B});
+  at::assert_no_partial_overlap(out, y);  // y itself is fine
   return add_into(out, y, x, A, B, scale, dropout_p, seed, save_t);
+}
+
+void check_backward(const Tensor& g, const std::optional<Tensor>& x, const Tensor& t, const Tensor& A, const Tensor& B,
+                    bool need_dA, bool need_dB) {
+  check_activation("g", g);
+  TORCH_CHECK(A.dim() == 2, "lowrank_fast: A must be [r, d_in]; got ", A.sizes());
+  check_parameter("A", A, g, {A.size(0), A.size(1)});
+  check_parameter("B", B, g, {g.size(-1), A.size(0)});
+  TORCH_CHECK(!need_dA || x.has_value(), "lowrank_fast: the gradient of A needs x");
+  if (need_dA) check_beside("x", *x, g, A.size(1));
+  if (need_dB) check_hidden("t", t, g, A.size(0));
 }
 
 // dx, dA, dB undefined: not needed.
@@ -61,22 +74,15 @@ void gradients_into(const Tensor& g_tensor, const std::optional<Tensor>& x_tenso
   const int64_t d_in = A.size(-1), k = A.size(0), padded = pad_rank(k);
   const Factor down = factor_of(A, 1, d_in), up = factor_of(B, 0, g.matrix.cols);
   const bool need_dx = dx_tensor.defined(), need_dA = dA.defined(), need_dB = dB.defined();
-  TORCH_CHECK(down.k == up.k, "lowrank_fast: A has rank ", down.k, " and B ", up.k);
-  TORCH_CHECK(!need_dA || x_tensor.has_value(), "lowrank_fast: the gradient of A needs x");
   const bool need_u = need_dx || need_dA;
   const float s = static_cast<float>(scale);
 
   const Tensor t = need_dB ? hidden_rows(t_tensor, g.count, k) : Tensor();
   std::optional<Rows> x, dx;
-  if (need_dA) {
-    x = rows_of(*x_tensor);
-    check_rows("x", *x, g.count, g_tensor);
-  }
+  if (need_dA) x = rows_of(*x_tensor);
   if (need_dx) {
     dx = rows_of(dx_tensor);
-    check_rows("dx", *dx, g.count, g_tensor);
-    TORCH_CHECK(dx->owner.is_same(dx_tensor) && dx->matrix.cols == d_in,
-                "lowrank_fast: dx must be [.., d_in] with one stride between rows");
+    TORCH_CHECK(dx->owner.is_same(dx_tensor), "lowrank_fast: dx must have one stride between rows");
   }
   const PanelSource B_panel(up, dtype, Use::shrink);
   const ShrinkOuter first{g, need_u ? &B_panel : nullptr, target(need_dB, dB, 0, g.matrix.cols), k};
@@ -98,6 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> residual_add_backward(const Tensor& g, const 
                                                          const Tensor& t, const Tensor& A, const Tensor& B,
                                                          double scale, double dropout_p, const Seed& seed, bool need_dx,
                                                          bool need_dA, bool need_dB) {
+  check_backward(g, x, t, A, B, need_dA, need_dB);
   Tensor dx = need_dx ? activations(g, A.size(-1)) : Tensor();
   Tensor dA = need_dA ? at::empty_like(A) : Tensor(), dB = need_dB ? at::empty_like(B) : Tensor();
   gradients_into(g, x, t, A, B, scale, dropout_p, seed, dx, dA, dB);
@@ -106,7 +113,10 @@ std::tuple<Tensor, Tensor, Tensor> residual_add_backward(const Tensor& g, const 
 
 void residual_add_backward_out(const Tensor& g, const Tensor& x, const Tensor& t, const Tensor& A, const Tensor& B,
                                double scale, double dropout_p, const Seed& seed, Tensor& dx, Tensor& dA, Tensor& dB) {
-  TORCH_CHECK(dA.sizes() == A.sizes() && dB.sizes() == B.sizes(), "lowrank_fast: dA and dB must be like A and B");
+  check_backward(g, x, t, A, B, true, true);
+  check_written("dx", dx, x, {g, x, t, A, B, dA, dB});
+  check_written("dA", dA, A, {g, x, t, A, B, dB});
+  check_written("dB", dB, B, {g, x, t, A, B});
   gradients_into(g, x, t, A, B, scale, dropout_p, seed, dx, dA, dB);
 }
 

@@ -16,6 +16,7 @@
 #include <array>
 #include <string_view>
 
+#include "checks.h"
 #include "engine.h"
 
 namespace lowrank {
@@ -35,14 +36,22 @@ struct Shape {
 
 Shape shape_of(const Rows& rows, const Tensor& leading, const Tensor& A, const Tensor& B, std::string_view routing,
                std::string_view router_input) {
-  TORCH_CHECK(A.dim() == 2 && B.dim() == 3 && B.size(2) == A.size(0) && B.size(0) > 0 && B.is_cpu(),
-              "lowrank_fast: A must be [r, d_in] and B [E, d_out, r]; got ", A.sizes(), " and ", B.sizes());
   const bool sample = routing == "sample";
   TORCH_CHECK(sample || routing == "batch" || routing == "token" || routing == "static",
               "lowrank_fast: unknown routing '", routing, "'");
+  TORCH_CHECK(!sample || leading.dim() >= 3, "lowrank_fast: routing 'sample' needs activations [S, .., d]; got ",
+              leading.sizes());
   const int64_t samples = sample ? leading.size(0) : 1;
   return {rows.count,         samples, A.size(1),           B.size(1),           B.size(0),        A.size(0),
           routing == "token", sample,  routing == "static", router_input == "x", dtype_of(leading)};
+}
+
+// A [r, d_in], B [E, d_out, r] beside the stream y, or its gradient.
+void check_bank(const Tensor& A, const Tensor& B, const Tensor& y) {
+  TORCH_CHECK(A.dim() == 2 && B.dim() == 3, "lowrank_fast: A must be [r, d_in] and B [E, d_out, r]; got ", A.sizes(),
+              " and ", B.sizes());
+  check_parameter("A", A, y, {A.size(0), A.size(1)});
+  check_parameter("B", B, y, {B.size(0), y.size(-1), A.size(0)});
 }
 
 // The bank as the factors of its experts, stacked along k.
@@ -202,10 +211,12 @@ std::tuple<Tensor, Tensor, Tensor> project_into(const Tensor& out_tensor, const 
                                                 std::string_view router_input, double dropout_p,
                                                 const MaybeTensor& seed) {
   const NoAutocast no_autocast;
+  check_activation("y", y_tensor);
+  check_activation("x", x_tensor);
+  check_bank(A, B, y_tensor);
+  check_beside("x", x_tensor, y_tensor, A.size(1));
   const Rows x = rows_of(x_tensor), y = rows_of(y_tensor), out = rows_of(out_tensor);
-  check_rows("x", x, y.count, y_tensor);
   const Shape s = shape_of(x, x_tensor, A, B, routing, router_input);
-  TORCH_CHECK(s.d_out == y.matrix.cols, "lowrank_fast: B must be [E, d_out, r] like y [.., d_out]");
   const float factor = static_cast<float>(scale);
   const int64_t tk = pad_rank(s.k), E = s.experts;
   Tensor t = hidden(x_tensor, s.k);
@@ -266,6 +277,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routed_projection(const Tensor& y, co
                                                              double scale, c10::string_view routing,
                                                              c10::string_view router_input, double dropout_p,
                                                              const MaybeTensor& seed) {
+  check_activation("y", y);
   Tensor out = activations(y, y.size(-1));
   auto [t, p, w] = project_into(out, y, x, A, B, R, weights, token_mask, scale, std::string_view(routing),
                                 std::string_view(router_input), dropout_p, seed);
@@ -277,6 +289,7 @@ std::tuple<Tensor, Tensor, Tensor> routed_projection_(Tensor& y, const Tensor& x
                                                       const MaybeTensor& token_mask, double scale,
                                                       c10::string_view routing, c10::string_view router_input,
                                                       double dropout_p, const MaybeTensor& seed) {
+  check_written("y", y, y, {x, A, B});
   return project_into(y, y, x, A, B, R, weights, token_mask, scale, std::string_view(routing),
                       std::string_view(router_input), dropout_p, seed);
 }
@@ -340,23 +353,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_projection_backward(
     const MaybeTensor& seed, std::array<bool, 5> need_list) {
   const NoAutocast no_autocast;
   const Needs needs{need_list[0], need_list[1], need_list[2], need_list[3], need_list[4]};
+  check_activation("g", g_tensor);
+  check_bank(A, B, g_tensor);
   const Rows g = rows_of(g_tensor);
   const Shape s = shape_of(g, g_tensor, A, B, std::string_view(routing), std::string_view(router_input));
-  TORCH_CHECK(s.d_out == g.matrix.cols, "lowrank_fast: B must be [E, d_out, r] like g [.., d_out]");
   const int64_t E = s.experts, tk = pad_rank(s.k), ek = E * s.k;
   const float factor = static_cast<float>(scale);
   const bool need_x = needs.dA || (needs.dR && s.router_on_x);
   TORCH_CHECK(!need_x || x_tensor.has_value(), "lowrank_fast: the gradient of A or of a router on x needs x");
+  if (need_x) check_beside("x", *x_tensor, g_tensor, s.d_in);
+  TORCH_CHECK(!needs.dR || R.has_value(), "lowrank_fast: the gradient of R needs R");
+  TORCH_CHECK(s.token || w_tensor.numel() == s.samples * E, "lowrank_fast: w must hold ", s.samples * E,
+              " weights; got ", w_tensor.sizes());
+  check_hidden("t", t_tensor, g_tensor, s.k);
+  if (!s.fixed) check_hidden("p", p_tensor, g_tensor, s.experts);
+  TORCH_CHECK(
+      !active.has_value() || (active->scalar_type() == at::kBool && active->sizes() == at::IntArrayRef({s.experts})),
+      "lowrank_fast: active must be bool [", s.experts, "]");
 
   Tensor dx_tensor = needs.dx ? activations(g_tensor, s.d_in) : empty_result(g_tensor);
   Tensor dA = needs.dA ? at::empty_like(A) : empty_result(A), dB = needs.dB ? at::empty_like(B) : empty_result(B);
   Tensor dR = needs.dR ? at::empty_like(*R) : empty_result(A);
   Tensor dweights = empty_result(w_tensor);
   std::optional<Rows> x, dx;
-  if (need_x) {
-    x = rows_of(*x_tensor);
-    check_rows("x", *x, g.count, g_tensor);
-  }
+  if (need_x) x = rows_of(*x_tensor);
   if (needs.dx) dx = rows_of(dx_tensor);
   const Router router(R, s, nullptr);
   const InputGradients inputs{

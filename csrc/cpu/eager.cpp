@@ -1,0 +1,172 @@
+// The public `residual_add` in eager mode on plain CPU tensors: the checks, the kernel and autograd's node without
+// Python in between, which for one token takes longer than the kernel. Whatever is not plain (a wrong argument, another
+// device, a tensor subclass, a mode that wants to see the call) is left to `lowrank_fast/functional.py`, which computes
+// the same by the same ops and has the sentences for errors.
+#include "eager.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "checks.h"
+
+namespace lowrank {
+namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+std::tuple<Tensor, Tensor> forward_op(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale,
+                                      bool save_t) {
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
+                                               double, const MaybeTensor&, bool);
+  static const auto op = find_op<Signature>("lowrank_fast::residual_add");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(y, x, A, B, scale, 0.0, std::nullopt, save_t);
+}
+
+void inplace_op(Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale) {
+  using Signature =
+      Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, const MaybeTensor&, bool);
+  static const auto op = find_op<Signature>("lowrank_fast::residual_add_");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  op.call(y, x, A, B, scale, 0.0, std::nullopt, false);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& g, const MaybeTensor& x, const Tensor& t, const Tensor& A,
+                                               const Tensor& B, double scale, bool dx, bool dA, bool dB) {
+  using Signature =
+      std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const MaybeTensor&, const Tensor&, const Tensor&, const Tensor&,
+                                         double, double, const MaybeTensor&, bool, bool, bool);
+  static const auto op = find_op<Signature>("lowrank_fast::residual_add_backward");
+  return op.call(g, x, t, A, B, scale, 0.0, std::nullopt, dx, dA, dB);
+}
+
+struct ResidualAdd : torch::autograd::Function<ResidualAdd> {
+  static constexpr bool is_traceable = true;  // the backward is one op: compiled autograd may trace it
+
+  static Tensor forward(AutogradContext* context, const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B,
+                        double scale) {
+    const bool need_A = A.requires_grad(), need_B = B.requires_grad();
+    auto [out, t] = forward_op(y, x, A, B, scale, need_B);
+    context->save_for_backward({need_A ? x : Tensor(), need_B ? t : Tensor(), A, B});
+    context->saved_data["scale"] = scale;
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const Tensor& g = gradients[0];
+    const bool need_x = context->needs_input_grad(1), need_A = context->needs_input_grad(2),
+               need_B = context->needs_input_grad(3);
+    variable_list found(5);
+    if (context->needs_input_grad(0)) found[0] = g;
+    if (!need_x && !need_A && !need_B) return found;
+    const variable_list saved = context->get_saved_variables();
+    const Tensor &x = saved[0], &t = saved[1], &A = saved[2], &B = saved[3];
+    {
+      const at::AutoGradMode off(false);
+      auto [dx, dA, dB] = backward_op(g, x.defined() ? MaybeTensor(x) : std::nullopt, need_B ? t : B, A, B,
+                                      context->saved_data["scale"].toDouble(), need_x, need_A, need_B);
+      if (need_x) found[1] = dx;
+      if (need_A) found[2] = dA;
+      if (need_B) found[3] = dB;
+    }
+    return at::GradMode::is_enabled() && g.requires_grad() ? refusing_to_go_on(found) : found;
+  }
+
+  // As `once_differentiable` does: the gradients are there, differentiating them raises.
+  static variable_list refusing_to_go_on(const variable_list& gradients) {
+    variable_list found;
+    for (const Tensor& gradient : gradients) {
+      if (!gradient.defined()) {
+        found.emplace_back();
+        continue;
+      }
+      const auto error = std::make_shared<torch::autograd::DelayedError>(
+          "trying to differentiate twice a function that is differentiable once: residual_add", 1);
+      found.push_back((*error)({gradient.detach().requires_grad_()})[0]);
+    }
+    return found;
+  }
+};
+
+// First byte, and one past the last, of a contiguous tensor.
+bool apart(const Tensor& a, const Tensor& b) {
+  const auto *from = static_cast<const char*>(a.const_data_ptr()),
+             *other = static_cast<const char*>(b.const_data_ptr());
+  return from + a.nbytes() <= other || other + b.nbytes() <= from;
+}
+
+bool overwritable(const Tensor& y, std::initializer_list<const Tensor*> read) {
+  if (!y.is_contiguous()) return false;
+  for (const Tensor* input : read)
+    if (!input->is_contiguous() || !apart(y, *input)) return false;
+  return true;
+}
+
+// No mode, transform or tracer between the caller and the kernels.
+bool nothing_watches() {
+  constexpr c10::DispatchKeySet usual(
+      {c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
+  return (c10::impl::tls_local_dispatch_key_set().included_ - usual).empty() &&
+         at::impl::PythonTorchFunctionTLS::stack_len() == 0;
+}
+
+PyObject* call(PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 6 || !PyFloat_CheckExact(arguments[4]) || !nothing_watches()) Py_RETURN_NONE;
+  for (int i = 0; i < 4; ++i)
+    if (!THPVariable_CheckExact(arguments[i])) Py_RETURN_NONE;
+  const Tensor &y = THPVariable_Unpack(arguments[0]), &x = THPVariable_Unpack(arguments[1]),
+               &A = THPVariable_Unpack(arguments[2]), &B = THPVariable_Unpack(arguments[3]);
+  if (!is_update(y, x, A, B)) Py_RETURN_NONE;
+  const double scale = PyFloat_AS_DOUBLE(arguments[4]);
+  const bool inplace = arguments[5] == Py_True;
+  const bool recorded =
+      at::GradMode::is_enabled() && (y.requires_grad() || x.requires_grad() || A.requires_grad() || B.requires_grad());
+  if (inplace) {
+    if (recorded || y.requires_grad() || !overwritable(y, {&x, &A, &B})) Py_RETURN_NONE;
+    {
+      const pybind11::gil_scoped_release release;
+      Tensor stream = y;
+      inplace_op(stream, x, A, B, scale);
+    }
+    if (!y.is_inference()) y.unsafeGetTensorImpl()->bump_version();
+    Py_INCREF(arguments[0]);
+    return arguments[0];
+  }
+  Tensor out;
+  {
+    const pybind11::gil_scoped_release release;
+    out = recorded ? ResidualAdd::apply(y, x, A, B, scale) : std::get<0>(forward_op(y, x, A, B, scale, false));
+  }
+  return THPVariable_Wrap(std::move(out));
+}
+
+PyObject* residual_add(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return call(arguments, count);
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef methods[] = {
+    {"residual_add", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(residual_add)), METH_FASTCALL,
+     "residual_add(y, x, A, B, scale, inplace): the result, or None where this is not a plain call."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+void add_eager_functions(PyObject* module) {
+  if (PyModule_AddFunctions(module, methods) < 0) throw pybind11::error_already_set();
+}
+
+}  // namespace lowrank
