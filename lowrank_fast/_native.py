@@ -12,14 +12,15 @@ ISA_VARIABLE = "LOWRANK_FAST_CPU_ISA"
 
 _module: ModuleType | None = None
 _reason: str | None = None
+_environment_error: str | None = None
 
 
 def load() -> None:
     """Import the extension, which registers the CPU kernels for the ops that `ops.py` declared.
 
-    Applies `LOWRANK_FAST_CPU_ISA`; ValueError when it names an instruction set that this CPU does not run.
+    Applies `LOWRANK_FAST_CPU_ISA`, or remembers that it names an instruction set that this CPU does not run.
     """
-    global _module, _reason
+    global _module, _reason, _environment_error
     try:
         _module = importlib.import_module("lowrank_fast._C")
     except ModuleNotFoundError:
@@ -27,12 +28,20 @@ def load() -> None:
     except ImportError as error:
         _reason = f"the C++ extension does not load with torch {torch.__version__}: {error}; reinstall lowrank_fast"
     if _module is not None and os.environ.get(ISA_VARIABLE):
-        _module.set_isa(os.environ[ISA_VARIABLE])
+        try:
+            _module.set_isa(os.environ[ISA_VARIABLE])
+        except ValueError as error:
+            _environment_error = str(error)
 
 
 def module() -> ModuleType | None:
     """The extension, or None."""
     return _module
+
+
+def environment_error() -> str | None:
+    """Why `LOWRANK_FAST_CPU_ISA` could not be applied; None when it was, or is not set."""
+    return _environment_error
 
 
 def missing_reason() -> str | None:

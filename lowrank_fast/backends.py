@@ -3,7 +3,8 @@
 A backend is a namespace of callables with the signatures of `ops.SCHEMAS`. Left alone, the dispatcher picks by device:
 the C++ kernels on the CPU, CUDA or else Triton on GPUs, the fallback elsewhere and for float64. `use_backend` or
 `LOWRANK_FAST_BACKEND` forces one for the whole process; one that cannot run the tensors it is given is an error that
-says why, never another backend.
+says why, never another backend. What is wrong with the environment is said by every call until `use_backend` chooses
+otherwise, and not by `import`, so that `lowrank-fast info` can say what there is instead.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,7 +39,12 @@ _NAMESPACES: dict[str, Any] = {
     "reference": fallback,
 }
 
+# The name of the backend that every call uses; None: by device; UNUSABLE: calls raise what `_environment_error` says.
+UNUSABLE = "unusable"
 _forced: str | None = None
+_environment_error: str | None = None
+# Has the functions that stand in for public ones in eager mode (csrc/cpu/eager.cpp), where the choice allows them.
+eager: ModuleType | None = None
 
 
 def unavailable_reason(name: str) -> str | None:
@@ -57,12 +64,17 @@ def force(name: str | None) -> None:
 
     Raises ValueError for an unknown name and RuntimeError, with the reason, for one that cannot run here.
     """
-    global _forced
     if name is not None:
         reason = unavailable_reason(name)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    _choose(name)
+
+
+def _choose(name: str | None) -> None:
+    global _forced, eager
     _forced = name
+    eager = _native.module() if name in (None, "cpu") else None
 
 
 @contextmanager
@@ -76,7 +88,7 @@ def use_backend(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        force(previous)
+        _choose(previous)
 
 
 def select(y: Tensor) -> str:
@@ -90,6 +102,8 @@ def select(y: Tensor) -> str:
             raise RuntimeError(
                 f"backend {_forced!r} runs float32, bfloat16 and float16; float64 runs on 'reference' only"
             )
+    elif _forced == UNUSABLE:
+        raise RuntimeError(_environment_error)
     return _forced
 
 
@@ -110,10 +124,18 @@ def namespace(name: str) -> Any:
 
 
 def from_environment() -> None:
-    """Apply `LOWRANK_FAST_BACKEND`; called once at import."""
+    """Apply `LOWRANK_FAST_BACKEND`, or remember why it (or `LOWRANK_FAST_CPU_ISA`) cannot be; called once at import."""
+    global _environment_error
     name = os.environ.get(ENVIRONMENT)
-    if name:
-        try:
-            force(name)
-        except (ValueError, RuntimeError) as error:
-            raise type(error)(f"{ENVIRONMENT}={name}: {error}") from None
+    _environment_error = _native.environment_error()
+    try:
+        force(name or None)
+    except (ValueError, RuntimeError) as error:
+        _environment_error = f"{ENVIRONMENT}={name}: {error}"
+    if _environment_error is not None:
+        _choose(UNUSABLE)
+
+
+def environment_error() -> str | None:
+    """What is wrong with the environment variables that choose kernels, in one line; None when nothing is."""
+    return _environment_error

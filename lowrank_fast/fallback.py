@@ -244,6 +244,7 @@ def routed_projection_backward(
     samples = g.shape[0] if routing == "sample" else 1
     rows = ref.by_sample(g, routing).to(acc)  # [S, N, d_out]
     t_rows = ref.by_sample(t, routing).to(acc)  # [S, N, r]
+    dlogits: Tensor | None
 
     if routing == "token":
         w_rows = ref.by_sample(p, routing).to(acc)

@@ -102,8 +102,18 @@ def _residual_add_backward(g, x, t, A, B, scale, dropout_p, seed, need_dx, need_
     )
 
 
+def _gradients_fit(x: Tensor, A: Tensor, B: Tensor, dx: Tensor, dA: Tensor, dB: Tensor) -> None:
+    for name, buffer, like in (("dx", dx, x), ("dA", dA, A), ("dB", dB, B)):
+        if buffer.shape != like.shape or buffer.dtype is not like.dtype or buffer.device != like.device:
+            raise RuntimeError(
+                f"lowrank_fast: {name} must be {list(like.shape)} {like.dtype} on {like.device}; "
+                f"got {list(buffer.shape)} {buffer.dtype} on {buffer.device}"
+            )
+
+
 def _residual_add_backward_out(g, x, t, A, B, scale, dropout_p, seed, *, dx, dA, dB) -> None:  # type: ignore[no-untyped-def]
     torch._check(A.dim() == 2 and B.dim() == 2 and A.shape[0] == B.shape[1], lambda: "A [r, d_in], B [d_out, r]")
+    _gradients_fit(x, A, B, dx, dA, dB)
 
 
 def _shrink(x, A, dropout_p, seed):  # type: ignore[no-untyped-def]
@@ -169,6 +179,8 @@ FAKES["residual_add_"] = _residual_add_out
 
 def _backward_into(*args: Any, dx: Tensor, dA: Tensor, dB: Tensor) -> None:
     """`residual_add_backward_out` for backends that have no kernel of their own for it."""
+    _, x, _, A, B, *_ = args
+    _gradients_fit(x, A, B, dx, dA, dB)
     gradients = torch.ops.lowrank_fast.residual_add_backward.default(*args, True, True, True)
     for out, gradient in zip((dx, dA, dB), gradients, strict=True):
         out.copy_(gradient)
