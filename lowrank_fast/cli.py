@@ -1,12 +1,14 @@
 """The command `lowrank-fast`: `info`, `verify`, `bench` and `codegen`.
 
-Exit status: 0, 1 when verification (or a benchmark's own checks) failed, 2 when the request cannot be carried out.
+Exit status: 0, 1 when verification (or a benchmark's own checks) failed, 2 when the request cannot be carried out
+(one line on standard error says why), 130 when interrupted.
 Modules are imported by the subcommand that needs them, so that `--help` waits for nothing but torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -14,10 +16,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from . import __version__, backends
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from .verify import Case
 
-FAILED, UNUSABLE = 1, 2
+FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
 
 # Commands in modules of their own, which have `add_arguments(parser)` and `run(options) -> exit status`:
 # module, help, and what to install when a package that it imports is missing.
@@ -55,13 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = build_parser(argv[0] if argv else None).parse_args(argv)
         handler: Callable[[argparse.Namespace], int] = options.handler
+        wrong = backends.environment_error()
+        if wrong is not None and handler is not run_info:
+            raise Unusable(wrong)
         return handler(options)
-    except Unusable as error:
-        print(f"lowrank-fast: {error}", file=sys.stderr)
-        return UNUSABLE
     except BrokenPipeError:  # `lowrank-fast info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except (Unusable, OSError) as error:  # OSError: a file that cannot be written names itself
+        print(f"lowrank-fast: {error}", file=sys.stderr)
+        return UNUSABLE
+    except KeyboardInterrupt:
+        print("lowrank-fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -113,6 +121,9 @@ def run_info(options: argparse.Namespace) -> int:
     else:
         for section in info_tables(facts):
             stdout_console().print(section)
+    wrong = backends.environment_error()
+    if wrong is not None:  # what can run was shown; nothing does until the variable is right
+        raise Unusable(wrong)
     return 0
 
 
@@ -158,16 +169,13 @@ def run_verify(options: argparse.Namespace) -> int:
         reason = backends.unavailable_reason(name)
         if reason is not None:
             raise Unusable(f"backend {name!r} is not available: {reason}")
-    total = len(verify.plan(names, options.quick))
-    began = time.monotonic()
-    cases = list(with_progress(verify.run(names, options.quick), total, "verifying"))
-    report = verify_report(cases, names, options.quick, time.monotonic() - began)
-    if options.json is not None:
-        text = json.dumps(report)
-        if options.json == "-":
-            print(text)
-        else:
-            write_atomically(Path(options.json), text + "\n")
+    with replaced_atomically(options.json) if options.json not in (None, "-") else nullcontext(sys.stdout) as file:
+        total = len(verify.plan(names, options.quick))
+        began = time.monotonic()
+        cases = list(with_progress(verify.run(names, options.quick), total, "verifying"))
+        report = verify_report(cases, names, options.quick, time.monotonic() - began)
+        if options.json is not None:
+            print(json.dumps(report), file=file)
     if options.json != "-":
         print_verify(cases, report)
     return FAILED if report["failed"] else 0
@@ -306,13 +314,23 @@ def with_progress(items: Iterable[Case], total: int, title: str) -> Iterable[Cas
             progress.update(task, advance=1, at=f"{item.backend}: {item.problem.label}")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one."""
+@contextmanager
+def replaced_atomically(name: str) -> Iterator[TextIO]:
+    """A file beside the file `name` that takes its place when the block ends well: readers see the old one or the new.
+
+    Raises OSError, before the block, where `name` cannot be written.
+    """
+    path = Path(name)
+    if not path.name or path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, name) from None
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+            yield file
         os.chmod(temporary, 0o644)  # temporary files are private
         os.replace(temporary, path)
     except BaseException:

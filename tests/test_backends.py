@@ -124,15 +124,36 @@ def test_the_environment_chooses_the_backend(value, printed):
     assert result.stdout.strip() == printed
 
 
-def test_an_unknown_backend_in_the_environment_is_an_error_at_import():
-    result = run_python("import lowrank_fast", LOWRANK_FAST_BACKEND="nonsense")
+CALL = "import torch, lowrank_fast; lowrank_fast.shrink(torch.ones(2, 3), torch.ones(1, 3))"
+
+
+def test_an_unknown_backend_in_the_environment_is_an_error_of_every_call():
+    says = "LOWRANK_FAST_BACKEND=nonsense: backend must be one of 'cuda', 'triton', 'cpu', 'reference'; got 'nonsense'"
+    result = run_python(CALL, LOWRANK_FAST_BACKEND="nonsense")
     assert result.returncode != 0
-    assert "LOWRANK_FAST_BACKEND=nonsense: backend must be one of 'cuda', 'triton', 'cpu', 'reference'" in result.stderr
+    assert result.stderr.splitlines()[-1] == f"RuntimeError: {says}"
+
+
+def test_a_backend_chosen_in_the_code_goes_before_a_wrong_environment():
+    """And importing goes well, so that `lowrank-fast info` can say what there is instead."""
+    code = """
+import torch, lowrank_fast
+x, A = torch.ones(2, 3), torch.ones(1, 3)
+with lowrank_fast.use_backend("reference"):
+    print(lowrank_fast.shrink(x, A).tolist())
+try:
+    lowrank_fast.shrink(x, A)
+except RuntimeError as error:
+    print(error)
+"""
+    result = run_python(code, LOWRANK_FAST_BACKEND="nonsense")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("[[3.0], [3.0]]\nLOWRANK_FAST_BACKEND=nonsense: ")
 
 
 @pytest.mark.parametrize("name", MISSING)
-def test_a_missing_backend_in_the_environment_is_an_error_at_import_with_the_reason(name):
-    result = run_python("import lowrank_fast", LOWRANK_FAST_BACKEND=name)
+def test_a_missing_backend_in_the_environment_is_an_error_with_the_reason(name):
+    result = run_python(CALL, LOWRANK_FAST_BACKEND=name)
     assert result.returncode != 0
     assert f"LOWRANK_FAST_BACKEND={name}: backend {name!r} is not available: " in result.stderr
     assert backends.unavailable_reason(name) in result.stderr

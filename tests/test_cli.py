@@ -116,6 +116,34 @@ def test_info_shows_the_variables_that_are_set(monkeypatch):
     assert info.collect()["environment"]["LOWRANK_FAST_CPU_ISA"] == "baseline"
 
 
+UNKNOWN = "LOWRANK_FAST_BACKEND=nonsense: backend must be one of 'cuda', 'triton', 'cpu', 'reference'; got 'nonsense'"
+WRONG = [
+    ("LOWRANK_FAST_BACKEND", "nonsense", UNKNOWN),
+    ("LOWRANK_FAST_BACKEND", "cuda", "LOWRANK_FAST_BACKEND=cuda: backend 'cuda' is not available: "),
+    ("LOWRANK_FAST_CPU_ISA", "avx1024", "LOWRANK_FAST_CPU_ISA must be one of those this CPU runs (baseline"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value", "says"), WRONG, ids=lambda text: text[:24])
+@pytest.mark.parametrize("command", ["info", "verify --quick", "bench --suite ops"])
+def test_a_wrong_environment_is_one_line_and_status_two(command, variable, value, says):
+    if variable == "LOWRANK_FAST_CPU_ISA" and _native.module() is None:
+        pytest.skip("without the C++ extension the variable means nothing")
+    if value in backends.available():
+        pytest.skip(f"{value} runs here")
+    code = f"import sys; from lowrank_fast import cli; sys.exit(cli.main({command.split()}))"
+    result = run_python(code, **{variable: value})
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith(f"lowrank-fast: {says}"), result.stderr
+    assert ("available" in result.stdout) == (command == "info"), "info still says what there is"
+
+
+def test_an_interrupted_command_has_status_130_and_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(info, "collect", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "lowrank-fast: interrupted\n"
+
+
 # ------------------------------------------------------------------------------------------------ verify
 
 
@@ -150,6 +178,29 @@ def test_verify_json_to_a_file_also_prints_the_table(few_problems, tmp_path, cap
     assert json.loads(target.read_text())["failed"] == 0
     assert [path.name for path in target.parent.iterdir()] == ["verify.json"]
     assert "residual_add" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("{tmp}", "Is a directory: '{tmp}'"), ("{tmp}/file/x.json", "'{tmp}/file"), ("", "Is a directory: ''")],
+    ids=["folder", "below a file", "empty"],
+)
+def test_verify_of_an_unwritable_file_has_status_two_before_any_work(name, says, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(verify, "run", lambda *_: pytest.fail("must not run"))
+    (tmp_path / "file").write_text("a file where a folder must be")
+    assert cli.main(["verify", "--json", name.format(tmp=tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("lowrank-fast: [Errno ") and said.err.count("\n") == 1
+    assert says.format(tmp=tmp_path) in said.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_verification_that_breaks_off_leaves_the_old_file_and_no_other(monkeypatch, tmp_path):
+    target = tmp_path / "verify.json"
+    target.write_text("old")
+    monkeypatch.setattr(verify, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["verify", "--json", str(target)]) == 130
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("verify.json", "old")]
 
 
 def test_verify_of_a_missing_backend_has_status_two_and_says_why(monkeypatch, capsys):
