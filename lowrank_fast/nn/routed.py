@@ -17,6 +17,7 @@ from .. import functional as F
 from ..reference import ROUTER_INPUTS, ROUTINGS, bank_as_matrix, mean_over_tokens
 from .frozen import frozen_linear, frozen_linear_of, shrink_rows
 from .inplace import dtype_for, flat_stream, like_stream, may_update
+from .mixing import mixed_bank
 from .residual import residual_update
 from .weights import Bank, Down, positive
 
@@ -115,6 +116,8 @@ def branch(
             return t, B[0]
         if logits is None:
             assert R is not None
+            if routing == "batch":
+                return t, mixed_bank(t, R, B, token_mask)
             logits = F.shrink(t, R)
         p = torch.softmax(logits, -1)
         if routing == "batch":

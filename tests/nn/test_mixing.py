@@ -1,0 +1,73 @@
+"""The bank mixed by the batch mean of a router: values and gradients of the plain expression, in any layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowrank_fast.nn.mixing import mixed_bank
+
+
+def plain(t: torch.Tensor, R: torch.Tensor, B: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    p = torch.softmax(t @ R.mT, -1).reshape(-1, R.shape[0])
+    keep = torch.ones(p.shape[0], dtype=p.dtype) if mask is None else mask.reshape(-1).to(p.dtype)
+    w = (p * keep[:, None]).sum(0) / keep.sum().clamp(min=1.0)
+    return torch.einsum("e,eor->or", w, B.to(t.dtype))
+
+
+@pytest.mark.parametrize("masked", [None, "some", "all"])
+@pytest.mark.parametrize("layout", ["plain", "stacked", "strided"])
+@pytest.mark.parametrize("experts", [2, 5])
+def test_values_and_gradients_are_those_of_the_plain_expression(experts: int, layout: str, masked: str | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+    t, R = random(2, 7, 3), random(experts, 3)
+    if layout == "plain":
+        bank = random(experts, 6, 3)
+        view = bank
+    elif layout == "stacked":
+        bank = random(experts * 3, 6)
+        view = bank.view(experts, 3, 6).transpose(1, 2)
+    else:
+        bank = random(experts, 6, 6)
+        view = bank[..., ::2]
+    mask = None if masked is None else torch.zeros(2, 7, dtype=torch.bool)
+    if masked == "some":
+        mask[0, 2:] = True
+    up = mixed_bank(t, R, view, mask)
+    assert torch.allclose(up, plain(t, R, view, mask), rtol=1e-12)
+    g = torch.randn(6, 3, dtype=torch.float64, generator=generator)
+    found = torch.autograd.grad(up, [t, R, bank], g)
+    expected = torch.autograd.grad(plain(t, R, view, mask), [t, R, bank], g)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_a_stacked_bank_is_neither_copied_nor_are_its_gradients_permuted() -> None:
+    """The gradient of the stacked bank has its layout, so that adding it up is one pass over dense memory."""
+    t, R = torch.randn(9, 3), torch.randn(2, 3)
+    stacked = torch.randn(6, 8, requires_grad=True)
+    up = mixed_bank(t, R, stacked.view(2, 3, 8).transpose(1, 2))
+    assert up.mT.is_contiguous()
+    (gradient,) = torch.autograd.grad(up, stacked, torch.randn(8, 3).mT.contiguous().mT)
+    assert gradient.is_contiguous()
+
+
+def test_frozen_parts_get_no_gradient() -> None:
+    t, R, B = torch.randn(9, 3, requires_grad=True), torch.randn(2, 3), torch.randn(2, 8, 3)
+    mixed_bank(t, R, B).sum().backward()
+    assert t.grad is not None
+    bank = B.clone().requires_grad_()
+    mixed_bank(t.detach(), R, bank).sum().backward()
+    assert bank.grad is not None
+
+
+def test_a_bank_in_16_bits_gets_a_gradient_in_its_dtype() -> None:
+    t, R = torch.randn(9, 3), torch.randn(2, 3)
+    B = torch.randn(2, 8, 3).bfloat16().requires_grad_()
+    up = mixed_bank(t, R, B)
+    assert up.dtype is torch.float32
+    assert torch.autograd.grad(up.sum(), B)[0].dtype is torch.bfloat16
