@@ -20,13 +20,13 @@ from matplotlib.figure import Figure
 
 from .cases import DIRECTIONS
 from .records import Record, write_atomically
-from .registry import FLOOR, LABELS, PROVIDERS
+from .registry import LABELS, LIMITS, PROVIDERS
 from .targets import OURS, Group, any_of, floor_fraction, groups, speedup, timed
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#999999")
 _HATCHES = ("", "//", "..", "\\\\", "xx", "--", "++", "oo")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_RIVALS = [p.name for p in PROVIDERS if p.name not in (OURS, FLOOR)]
+_RIVALS = [p.name for p in PROVIDERS if p.name not in (OURS, *LIMITS)]
 _MODEL = {"lor2c_fused": 0, "lor2c_eager": 1, "lora_peft": 2, "frozen": 7}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_fast import _native
 from lowrank_fast import functional as F
 
 from . import expressions as ex
@@ -245,9 +246,10 @@ def _ours_inplace(y: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float) -> Tenso
     return F.residual_add(y, x, A, B, s, inplace=True)
 
 
-# ------------------------------------------------------------------------------------------------ the floor
+# ------------------------------------------------------------------------------------------------ the two limits
 
-FLOOR = "floor"
+FLOOR, ARITHMETIC = "floor", "arithmetic"
+LIMITS = (FLOOR, ARITHMETIC)  # what no provider can beat, measured in the same rounds; not rivals
 
 
 def _floor(direction: str) -> Builder:
@@ -274,14 +276,39 @@ def _floor(direction: str) -> Builder:
     return build
 
 
-def _floors() -> dict[tuple[str, str], Builder]:
+def multiply_adds(problem: Problem, direction: str) -> int:
+    """The multiply-adds of the matrix products with x, y, g and dx that the direction cannot do without."""
+    ranks_in = problem.rank + (problem.experts or 0 if problem.router_input == "x" else 0)
+    ranks_out = problem.rank * (problem.experts or 1 if problem.routing == "token" else 1)
+    once = problem.tokens * (problem.d_in * ranks_in + problem.d_out * ranks_out)
+    return once * {"backward_out": 2, "forward_backward": 3}.get(direction, 1)
+
+
+def _arithmetic(direction: str) -> Builder:
+    """As many multiply-adds as the call needs, on registers: the clock and ports of this machine, without memory."""
+
+    def build(i: Inputs) -> Prepared:
+        count, bfloat16 = multiply_adds(i.problem, direction), i.problem.dtype is torch.bfloat16
+        extension = _native.module()
+        if extension is None or not extension.multiply_add(1, bfloat16):
+            raise NotImplementedError("no kernels, or kernels that multiply with more than vector registers")
+
+        def call() -> None:
+            extension.multiply_add(count, bfloat16)
+
+        return Prepared(call, lambda result: {})
+
+    return build
+
+
+def _limits(builder: Callable[[str], Builder]) -> dict[tuple[str, str], Builder]:
     routed = ("forward", "forward_inplace", "forward_backward")
     directions = {
         "residual_add": ("forward", "forward_out", "forward_inplace", "backward_out", "forward_backward"),
         "routed_batch": routed,
         "routed_token": routed,
     }
-    return {(family, d): _floor(d) for family, ds in directions.items() for d in ds}
+    return {(family, d): builder(d) for family, ds in directions.items() for d in ds}
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -386,7 +413,8 @@ PROVIDERS: tuple[Provider, ...] = (
         "HydraLoRA's loop",
         {(_T, _FWD): forward(EXPERT_LIST, ex.token_hydra), (_T, _FB): forward_backward(EXPERT_LIST, ex.token_hydra)},
     ),
-    Provider(FLOOR, "floor: torch.add(out=)", _floors()),
+    Provider(FLOOR, "floor: torch.add(out=)", _limits(_floor)),
+    Provider(ARITHMETIC, "arithmetic: its multiply-adds from registers", _limits(_arithmetic)),
 )
 
 LABELS = {provider.name: provider.label for provider in PROVIDERS} | {

@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 from . import targets
 from .cases import DIRECTIONS
 from .records import Record
-from .registry import FLOOR, LABELS, PROVIDERS
+from .registry import LABELS, LIMITS, PROVIDERS
 from .targets import OURS, Group, Row, any_of, floor_fraction, groups, speedup, timed
 
 
@@ -91,7 +91,7 @@ def ops_tables(records: Iterable[Record]) -> list[Table]:
             for g in grouped
             if (any_of(g)["op"], any_of(g)["routing"], any_of(g)["direction"]) == (op, routing, direction)
         ]
-        baselines = [p.name for p in PROVIDERS if p.name not in (OURS, FLOOR) and any(p.name in g for g in mine)]
+        baselines = [p.name for p in PROVIDERS if p.name not in (OURS, *LIMITS) and any(p.name in g for g in mine)]
         columns = (
             "dtype",
             "T x d",
@@ -199,7 +199,7 @@ def refusals_table(records: Iterable[Record]) -> Table | None:
 
 def targets_table(rows: Sequence[Row]) -> Table:
     """The table of targets: must, aim, measured, ok."""
-    columns = ("quantity", "must", "aim", "measured", "(median)", "ok", "worst at", "fastest other there")
+    columns = ("quantity", "must", "aim", "measured", "(median)", "ok", "limit", "worst at", "fastest other there")
     return Table("Targets", columns, tuple(_target_row(row) for row in rows))
 
 
@@ -220,7 +220,7 @@ def _target_row(row: Row) -> tuple[str, ...]:
         "–" if row.target.aim is None else unit.format(row.target.aim),
     )
     if measured is None:
-        return (*head, "not measured", "", "–", "", "")
+        return (*head, "not measured", "", "–", "", "", "")
     group = measured.group
     other = targets.fastest_other(group) if group is not None else None
     return (
@@ -228,6 +228,7 @@ def _target_row(row: Row) -> tuple[str, ...]:
         unit.format(measured.value),
         "" if measured.median is None else unit.format(measured.median),
         _verdict(row),
+        "" if measured.limit is None else unit.format(measured.limit),
         "" if group is None else f"{any_of(group)['T']} x {any_of(group)['d_in']}, r={any_of(group)['r']}",
         "" if other is None else f"{other[1]:.2f}x {other[0]}",
     )

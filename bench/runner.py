@@ -23,7 +23,7 @@ from . import environment, memory
 from .cases import Case, Inputs, Problem
 from .gate import Expected, Wrong, check
 from .records import Record, validate
-from .registry import FLOOR, Builder, Prepared, Provider, providers_for
+from .registry import ARITHMETIC, FLOOR, LIMITS, Builder, Prepared, Provider, providers_for
 from .stats import Summary, summarize
 
 SAMPLE_SECONDS = 2e-4
@@ -101,13 +101,15 @@ def admit(provider: Provider, builder: Builder, case: Case, inputs: Inputs, expe
     try:
         prepared = builder(inputs)
         prepared.reset()
-        entry.error = check(prepared.outputs(prepared.call()), expected, case.direction, case.problem.dtype)
+        result = prepared.call()
+        if provider.name != ARITHMETIC:  # it has no result
+            entry.error = check(prepared.outputs(result), expected, case.direction, case.problem.dtype)
         entry.peak_bytes = memory.peak_bytes(prepared.call)
         entry.prepared = prepared
     except Wrong as wrong:
         entry.status, entry.reason = "refused", str(wrong)
     except Exception as error:  # a provider that raises must not end the run: its record says so
-        entry.status = "unavailable" if provider.name == "compile" else "failed"
+        entry.status = "unavailable" if provider.name in ("compile", ARITHMETIC) else "failed"
         entry.reason = _why(error)
     return entry
 
@@ -128,7 +130,7 @@ def calibrate(entries: Sequence[Entry]) -> None:
         once = _quickest(call)
         entry.calls = max(1, min(1000, round(SAMPLE_SECONDS / max(once, 1e-7))))
         entry.estimate = once if entry.calls == 1 else sample(call, entry.calls)
-    contenders = [e.estimate for e in entries if e.provider.name != FLOOR] or [e.estimate for e in entries]
+    contenders = [e.estimate for e in entries if e.provider.name not in LIMITS] or [e.estimate for e in entries]
     for entry in entries:
         entry.stride = max(1, int(entry.estimate / (SLOW * min(contenders))))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .plans import LARGE, SWEEP_D
 from .records import Record
-from .registry import FLOOR
+from .registry import FLOOR, LIMITS
 
 OURS = "ours"
 _KEY = ("suite", "op", "routing", "direction", "dtype", "T", "d_in", "d_out", "r", "E")
@@ -51,9 +51,17 @@ def floor_fraction(group: Group, provider: str = OURS, statistic: str = "min_s")
     return None if record is None or floor is None else floor[statistic] / record[statistic]
 
 
+def limit(group: Group, baseline: str) -> float | None:
+    """What `speedup(group, baseline)` would be for a provider that takes no longer than the case's memory traffic or
+    its multiply-adds, whichever takes longer, each measured in the same rounds."""
+    other, bounds = timed(group, baseline), [timed(group, name) for name in LIMITS]
+    known = [record["min_s"] for record in bounds if record is not None]
+    return other["min_s"] / max(known) if other is not None and len(known) == len(LIMITS) else None
+
+
 def fastest_other(group: Group) -> tuple[str, float] | None:
     """The quickest provider beside ours and the floor, and its speed-up."""
-    others = [name for name in group if name not in (OURS, FLOOR) and timed(group, name)]
+    others = [name for name in group if name not in (OURS, *LIMITS) and timed(group, name)]
     if not others or timed(group, OURS) is None:
         return None
     name = min(others, key=lambda other: group[other]["min_s"])
@@ -72,11 +80,12 @@ def noisy(group: Group) -> bool:
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure by minima and by medians, and the case it comes from."""
+    """A figure by minima and by medians, the case it comes from, and the most that this machine allows there."""
 
     value: float
     median: float | None
     group: Group | None
+    limit: float | None = None
 
 
 Measure = Callable[[list[Group]], Measured | None]
@@ -137,25 +146,27 @@ def _measure(target: Target, grouped: list[Group]) -> Measured | None:
 # ------------------------------------------------------------------------------------------------ measures
 
 
-def _worst(of: Callable[[Group, str], float | None]) -> Measure:
-    """The smallest value of `of(group, statistic)` over the groups."""
+def _worst(
+    of: Callable[[Group, str], float | None], most: Callable[[Group], float | None] = lambda group: None
+) -> Measure:
+    """The smallest value of `of(group, statistic)` over the groups, with `most(group)` as its limit."""
 
     def measure(selected: list[Group]) -> Measured | None:
         found: list[Measured] = []
         for group in selected:
             value = of(group, "min_s")
             if value is not None:
-                found.append(Measured(value, of(group, "median_s"), group))
+                found.append(Measured(value, of(group, "median_s"), group, most(group)))
         return min(found, key=lambda one: one.value) if found else None
 
     return measure
 
 
 def against(baseline: str) -> Measure:
-    return _worst(lambda group, statistic: speedup(group, baseline, statistic))
+    return _worst(lambda group, statistic: speedup(group, baseline, statistic), lambda group: limit(group, baseline))
 
 
-of_floor = _worst(lambda group, statistic: floor_fraction(group, OURS, statistic))
+of_floor = _worst(lambda group, statistic: floor_fraction(group, OURS, statistic), lambda group: limit(group, FLOOR))
 
 
 def _overhead(selected: list[Group]) -> Measured | None:

@@ -5,8 +5,10 @@
 
 #include <map>
 
-#include "cpu/dispatch.h"
 #include "cpu/eager.h"
+#include "cpu/tensors.h"
+
+namespace py = pybind11;
 
 namespace {
 
@@ -32,6 +34,13 @@ std::map<std::string, std::string> build_info() {
   return facts;
 }
 
+bool multiply_add(int64_t count, bool bfloat16) {
+  const auto run = lowrank::kernels(bfloat16 ? lowrank::Dtype::bf16 : lowrank::Dtype::f32).multiply_add;
+  if (run)
+    lowrank::split(at::get_num_threads(), count, 1, [&](int64_t, int64_t begin, int64_t end) { run(end - begin); });
+  return run != nullptr;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -43,5 +52,8 @@ PYBIND11_MODULE(_C, m) {
         "AVX-512 bf16.");
   m.def("set_isa", &lowrank::set_isa, "Use another of `testable_isas()`; ValueError for any other.");
   m.def("build_info", &build_info, "Compiler and library versions of this build.");
+  m.def("multiply_add", &multiply_add, py::arg("count"), py::arg("bfloat16"), py::call_guard<py::gil_scoped_release>(),
+        "Perform `count` multiply-adds on the registers of all threads, reading no memory: a bound for benchmarks. "
+        "False where the kernels of this dtype multiply with more than vector registers.");
   lowrank::add_eager_functions(m.ptr());
 }

@@ -41,14 +41,14 @@ inline void shrink_few(const Kernels& table, const Rows& x, const PanelSource& P
   const int64_t tk = pad_rank(k), cols = x.matrix.cols;
   if (P.direct() || (tk <= kRankBlock && end - begin <= kRowBlock)) {
     pieces(P, 0, cols, [&](Panel panel, int64_t from, int64_t to) {
-      blocks(begin, end, [&](int64_t row, int64_t rows) {
+      blocks(begin, end, kRowBlock, [&](int64_t row, int64_t rows) {
         table.shrink(x.from(row), rows, panel, tk, t + (row - begin) * tk, drop, row, from, to);
       });
     });
     return;
   }
   const Panel panel = P.pack(workspace(Slot::thread, P.floats(cols)), 0, cols);
-  blocks(begin, end, [&](int64_t row, int64_t rows) {
+  blocks(begin, end, kRowBlock, [&](int64_t row, int64_t rows) {
     table.shrink(x.from(row), rows, panel, tk, t + (row - begin) * tk, drop, row, 0, cols);
   });
 }
@@ -68,7 +68,7 @@ void forward_few(const Kernels& table, int64_t threads, int64_t count, const Shr
                 row_equivalents = count + 16;  // packing a column costs about 16 rows of it
   split(thread_count(row_equivalents * zk * cols, cols / 64), cols, 64, [&](int64_t, int64_t begin, int64_t end) {
     pieces(second->Q, begin, end, [&](Panel panel, int64_t from, int64_t to) {
-      blocks(0, count, [&](int64_t row, int64_t rows) {
+      blocks(0, count, kRowBlock, [&](int64_t row, int64_t rows) {
         Matrix y;
         if (second->y) y = second->y->from(row);
         table.expand(second->y ? &y : nullptr, second->out.from(row), rows, z + row * zk, panel, zk, from, to,
@@ -95,7 +95,7 @@ void forward(int64_t count, const Shrink* first, const Expand* second, const Mid
     float *t = memory, *z = t + kRowBlock * tk, *p_memory = z + kRowBlock * zk;
     const Panel P = first ? first->P.pack(p_memory, 0, x_cols) : Panel{};
     const Panel Q = second ? second->Q.pack(p_memory + p_floats, 0, y_cols) : Panel{};
-    blocks(begin, end, [&](int64_t row, int64_t rows) {
+    blocks(begin, end, table.light_rows, [&](int64_t row, int64_t rows) {
       if (first) table.shrink(first->x.from(row), rows, P, tk, t, first->drop, row, 0, x_cols);
       middle(row, rows, first ? t : nullptr, second ? z : nullptr);
       if (!second) return;
@@ -109,8 +109,8 @@ void forward(int64_t count, const Shrink* first, const Expand* second, const Mid
 struct ShrinkOuter {  // u = g Q^T (Q null: not needed), dQ = z^T g (dQ empty: not needed)
   const Rows& g;
   const PanelSource* Q;
-  std::vector<Factor> dQ;  // stacked along k
-  int64_t k;
+  std::vector<Factor> dQ;  // stacked along z_k
+  int64_t k, z_k;          // the ranks of u; of z
 };
 
 struct ExpandOuter {  // dx = u P (dx null: not needed), dP = u^T dropout(x) (dP empty: not needed)
@@ -139,7 +139,7 @@ inline void outer_few(const Kernels& table, const Rows& x, int64_t count, const 
   for (; begin < end; begin += kPackColumns) {
     const int64_t stop = std::min(begin + kPackColumns, end);
     if (count == 0) std::fill_n(memory, pad_rank(k) * ld, 0.0f);
-    blocks(0, count, [&](int64_t row, int64_t rows) {
+    blocks(0, count, kRowBlock, [&](int64_t row, int64_t rows) {
       table.outer(x.from(row), rows, z + row * pad_rank(k), pad_rank(k), memory - begin, ld, row > 0, begin, stop, drop,
                   row);
     });
@@ -152,24 +152,25 @@ void backward_few(const Kernels& table, int64_t threads, int64_t count, const Sh
                   const ExpandOuter* second, int64_t g_cols, int64_t x_cols, const Source& source,
                   const Middle& middle) {
   const int64_t vk = first ? pad_rank(first->k) : 0, uk = second ? pad_rank(second->k) : 0;
-  float* z = workspace(Slot::shared, count * (2 * vk + uk));
-  float *v = z + count * vk, *u = v + count * vk;
+  const int64_t zk = first ? pad_rank(first->z_k) : 0;
+  float* z = workspace(Slot::shared, count * (zk + vk + uk));
+  float *v = z + count * zk, *u = v + count * vk;
   split(threads, count, 8, [&](int64_t, int64_t begin, int64_t end) {
-    if (first && !first->dQ.empty()) source(begin, end - begin, z + begin * vk);
+    if (first && !first->dQ.empty()) source(begin, end - begin, z + begin * zk);
     if (first && first->Q) shrink_few(table, first->g, *first->Q, first->k, {}, begin, end, v + begin * vk);
     middle(begin, end - begin, first && first->Q ? v + begin * vk : nullptr, second ? u + begin * uk : nullptr);
   });
   // both column ranges are cut by the same split, so that one parallel region serves them
   const int64_t cols = std::max(g_cols, x_cols), row_equivalents = count + 16;  // as in forward_few
-  split(thread_count(2 * row_equivalents * (g_cols * vk + x_cols * uk), cols / 64), cols, 64,
+  split(thread_count(row_equivalents * (g_cols * (vk + zk) + 2 * x_cols * uk), cols / 64), cols, 64,
         [&](int64_t, int64_t begin, int64_t end) {
           if (first && !first->dQ.empty() && begin < g_cols)
-            outer_few(table, first->g, count, z, first->k, first->dQ, {}, begin, std::min(end, g_cols));
+            outer_few(table, first->g, count, z, first->z_k, first->dQ, {}, begin, std::min(end, g_cols));
           if (!second || begin >= x_cols) return;
           end = std::min(end, x_cols);
           if (second->dx)
             pieces(second->P, begin, end, [&](Panel panel, int64_t from, int64_t to) {
-              blocks(0, count, [&](int64_t row, int64_t rows) {
+              blocks(0, count, kRowBlock, [&](int64_t row, int64_t rows) {
                 table.expand(nullptr, second->dx->from(row), rows, u + row * uk, panel, uk, from, to, second->drop,
                              row);
               });
@@ -179,37 +180,39 @@ void backward_few(const Kernels& table, int64_t threads, int64_t count, const Sh
         });
 }
 
-// source(row, rows, z): writes z [rows][pad_rank(first.k)] for dQ. middle(row, rows, v, u): from v = g Q^T to u for the
-// second half; without `first`, v is null and middle is the source of u.
+// source(row, rows, z): writes z [rows][pad_rank(first.z_k)] for dQ. middle(row, rows, v, u): from v = g Q^T to u for
+// the second half; without `first`, v is null and middle is the source of u.
 template <class Source, class Middle>
 void backward(int64_t count, const ShrinkOuter* first, const ExpandOuter* second, const Source& source,
               const Middle& middle) {
   const Rows& any = first ? first->g : second->dx ? *second->dx : *second->x;
   const Kernels& table = kernels(dtype_of(any.owner));
   const int64_t vk = first ? pad_rank(first->k) : 0, uk = second ? pad_rank(second->k) : 0;
+  const int64_t zk = first ? pad_rank(first->z_k) : 0;
   const int64_t g_cols = first ? first->g.matrix.cols : 0;
   const int64_t x_cols = second ? (second->dx ? second->dx : second->x)->matrix.cols : 0;
-  const int64_t threads = thread_count(2 * count * (g_cols * vk + x_cols * uk), (count + 7) / 8);
+  const int64_t threads = thread_count(count * (g_cols * (vk + zk) + 2 * x_cols * uk), (count + 7) / 8);
   if (count <= kFewRows) return backward_few(table, threads, count, first, second, g_cols, x_cols, source, middle);
 
   const bool need_dQ = first && !first->dQ.empty(), need_dP = second && !second->dP.empty();
   const int64_t q_ld = table.sums_ld(g_cols), p_ld = table.sums_ld(x_cols);
-  const int64_t dq_floats = need_dQ ? vk * q_ld : 0, dp_floats = need_dP ? uk * p_ld : 0;
+  const int64_t dq_floats = need_dQ ? zk * q_ld : 0, dp_floats = need_dP ? uk * p_ld : 0;
   const int64_t q_floats = first && first->Q ? first->Q->floats(g_cols) : 0;
   const int64_t p_floats = second && second->dx ? second->P.floats(x_cols) : 0;
   float* sums = workspace(Slot::shared, threads * (dq_floats + dp_floats));
 
+  const int64_t block = std::max(zk, uk) <= 16 ? table.light_rows : kRowBlock;  // many sums want many rows per visit
   split(threads, count, 8, [&](int64_t thread, int64_t begin, int64_t end) {
-    float* memory = workspace(Slot::thread, kRowBlock * (2 * vk + uk) + q_floats + p_floats);
-    float *z = memory, *v = z + kRowBlock * vk, *u = v + kRowBlock * vk, *q_memory = u + kRowBlock * uk;
+    float* memory = workspace(Slot::thread, kRowBlock * (zk + vk + uk) + q_floats + p_floats);
+    float *z = memory, *v = z + kRowBlock * zk, *u = v + kRowBlock * vk, *q_memory = u + kRowBlock * uk;
     float *dq = sums + thread * dq_floats, *dp = sums + threads * dq_floats + thread * dp_floats;
     const Panel Q = q_floats ? first->Q->pack(q_memory, 0, g_cols) : Panel{};
     const Panel P = p_floats ? second->P.pack(q_memory + q_floats, 0, x_cols) : Panel{};
-    blocks(begin, end, [&](int64_t row, int64_t rows) {
+    blocks(begin, end, block, [&](int64_t row, int64_t rows) {
       const bool accumulate = row > begin;
       if (first) {
         if (need_dQ) source(row, rows, z);
-        table.shrink_outer(first->g.from(row), rows, Q, vk, first->Q ? v : nullptr, z, need_dQ ? dq : nullptr, q_ld,
+        table.shrink_outer(first->g.from(row), rows, Q, vk, first->Q ? v : nullptr, z, zk, need_dQ ? dq : nullptr, q_ld,
                            accumulate);
       }
       middle(row, rows, first && first->Q ? v : nullptr, second ? u : nullptr);

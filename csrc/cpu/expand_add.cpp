@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> expand_add_backward(const Tensor& g_tensor, const Ten
   if (!need_dt && !need_dB) return {dt, dB};
   const Tensor t = need_dB ? hidden_rows(t_tensor, g.count, k) : Tensor();
   const PanelSource B_panel(up, dtype_of(g_tensor), Use::shrink);
-  const ShrinkOuter first{g, need_dt ? &B_panel : nullptr, target(need_dB, dB, 0, g.matrix.cols), k};
+  const ShrinkOuter first{g, need_dt ? &B_panel : nullptr, target(need_dB, dB, 0, g.matrix.cols), k, k};
   backward(
       g.count, &first, nullptr,
       [&](int64_t row, int64_t rows, float* z) { scaled(t.data_ptr<float>() + row * k, k, rows, k, s, z, padded); },

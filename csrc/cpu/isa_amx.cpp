@@ -295,22 +295,22 @@ static void expand_outer(const float* z, Panel P, int64_t k, const Matrix* dx, c
   expand_outer_columns(nullptr, dx, x, rows, z, P, k, acc, ld, accumulate, 0, dx ? dx->cols : x->cols, drop, first_row);
 }
 
-static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, float* u, const float* z, float* acc,
-                         int64_t ld, bool accumulate) {
+static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, float* u, const float* z, int64_t z_k,
+                         float* acc, int64_t ld, bool accumulate) {
   const Dropout none{};
   if (!u || !acc || k > kSumRanks) {  // nothing to fuse, or more ranks than the scratch holds
     if (u) shrink(g, rows, P, k, u, none, 0, 0, g.cols);
-    if (acc) outer(g, rows, z, k, acc, ld, accumulate, 0, g.cols, none, 0);
+    if (acc) outer(g, rows, z, z_k, acc, ld, accumulate, 0, g.cols, none, 0);
     return;
   }
   const TileGuard guard;
   float* sums = scratch().lanes;
-  uint16_t* transposed = reinterpret_cast<uint16_t*>(grouped_scratch(kRowBlock * k));
-  transpose_z(z, rows, k, 1.0f, transposed);
+  uint16_t* transposed = reinterpret_cast<uint16_t*>(grouped_scratch(kRowBlock * z_k));
+  transpose_z(z, rows, z_k, 1.0f, transposed);
   for (int64_t begin = 0; begin < g.cols; begin += kColumns) {
     const Chunk c = chunk_of(rows, begin, g.cols - begin < kColumns ? g.cols - begin : kColumns, none, 0);
     shrink_chunk(g, c, none, P, 0, k, sums);
-    outer_chunk(g, c, transposed, k, acc, ld, accumulate);
+    outer_chunk(g, c, transposed, z_k, acc, ld, accumulate);
   }
   store_sums(sums, rows, 0, k, 1.0f, u, k);
 }
@@ -321,8 +321,8 @@ constexpr PanelFormat kPairs = {pairs_floats, pack_pairs, false}, kTwice = {pane
 
 namespace lowrank {
 extern const Kernels kernels_amx;
-const Kernels kernels_amx = {kUnit,  kPairs, kTwice,       panel_ld,     unpack<F32>, shrink,
-                             expand, outer,  shrink_outer, expand_outer, softmax};
+const Kernels kernels_amx = {kUnit,  kRowBlock, kPairs,       kTwice,       panel_ld, unpack<F32>, shrink,
+                             expand, outer,     shrink_outer, expand_outer, softmax,  nullptr};
 }  // namespace lowrank
 
 #if defined(__clang__)

@@ -68,6 +68,7 @@ struct PanelFormat {
 
 struct Kernels {
   int64_t unit;                            // columns that one step of a kernel covers
+  int64_t light_rows;                      // rows per block where no long sums are kept: its streams stay in the caches
   PanelFormat shrink_panel, expand_panel;  // of the P that `shrink` and `expand` (and their pairs) take
   int64_t (*sums_ld)(int64_t d);           // the distance between the ranks of `acc`
 
@@ -87,13 +88,16 @@ struct Kernels {
   void (*outer)(const Matrix& x, int64_t rows, const float* z, int64_t k, float* acc, int64_t ld, bool accumulate,
                 int64_t begin, int64_t end, const Dropout& drop, int64_t first_row);
   // shrink and outer over one read of g: u = g P^T (skipped when u is null), acc (+)= z^T g (skipped when acc is null)
-  void (*shrink_outer)(const Matrix& g, int64_t rows, Panel P, int64_t k, float* u, const float* z, float* acc,
-                       int64_t ld, bool accumulate);
+  void (*shrink_outer)(const Matrix& g, int64_t rows, Panel P, int64_t k, float* u, const float* z, int64_t z_k,
+                       float* acc, int64_t ld, bool accumulate);
   // expand and outer over one pass: dx = z P (skipped when dx is null), acc (+)= z^T x (skipped when acc is null)
   void (*expand_outer)(const float* z, Panel P, int64_t k, const Matrix* dx, const Matrix* x, int64_t rows, float* acc,
                        int64_t ld, bool accumulate, const Dropout& drop, int64_t first_row);
   // row-wise softmax of [rows][stride] over the first `experts` columns, in place
   void (*softmax)(float* logits, int64_t rows, int64_t experts, int64_t stride);
+  // at least `count` multiply-adds on registers alone: what a kernel's arithmetic costs where nothing else does. Null
+  // where the kernels multiply with more than vector registers.
+  void (*multiply_add)(int64_t count);
 };
 
 }  // namespace lowrank

@@ -7,6 +7,10 @@
 // Every kernel walks d in chunks so that the panel's chunk (`kChunkBytes`) stays in the caches while the rows
 // stream past it. One accumulator per (row, rank) runs over all of d whatever the block shape, and expand sums the
 // ranks before it adds y: so a row's bits do not depend on the rows beside it.
+//
+// While a group of rows is multiplied, the rows that come next are fetched into the second-level cache: rows are too
+// short for the hardware's prefetcher, which starts anew at every page. Addresses past the last row are fetched too;
+// that is harmless, and cheaper than a branch.
 #pragma once
 
 #include "panels_impl.h"
@@ -17,6 +21,7 @@ namespace {
 using namespace lowrank;
 
 constexpr int64_t kChunkBytes = 64 * 1024;
+constexpr int64_t kLightRows = 16;
 constexpr int kShrinkRanks = kLanes == 16 ? 4 : 2;  // 16 or 8 accumulators of the 32 or 16 registers
 constexpr bool kSplitUnit = kLanes == 4;  // four lanes make long chains of sums: two per rank keep their error down
 constexpr int kExpandRows = kLanes == 16 ? 8 : 4;
@@ -30,10 +35,10 @@ LOWRANK_INLINE int64_t chunk_columns(int64_t k) {
 
 // ---------------------------------------------------------------------------------------------- shrink
 
-// acc[(row * k + rank) * kLanes ..] (+)= products of `columns` columns, for R rows and C ranks.
-template <class D, int R, int C>
+// acc[(row * k + rank) * kLanes ..] (+)= products of `columns` columns, for R rows and C ranks; fetches `Ahead` rows.
+template <class D, int R, int C, int Ahead>
 LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const float* P, int64_t ld, int64_t columns,
-                                float* acc, int64_t k, bool accumulate) {
+                                float* acc, int64_t k, bool accumulate, const typename D::T* ahead) {
   V sum[R][C], sum_b[R][C];  // sum_b: only where the unit is split
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -43,6 +48,7 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const fl
       sum_b[i][j] = V{};
     }
   auto step = [&](int64_t d, auto load_unit) __attribute__((always_inline)) {
+    for (int i = 0; i < Ahead; ++i) prefetch_unit(ahead + i * stride + d);
     V a[R], b[R];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) load_unit(x + i * stride + d, a[i], b[i]);
@@ -68,25 +74,40 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const fl
     for (int j = 0; j < C; ++j) store(acc + (i * k + j) * kLanes, kSplitUnit ? sum[i][j] + sum_b[i][j] : sum[i][j]);
 }
 
-template <class D, int R>
-LOWRANK_INLINE void shrink_rows(const typename D::T* x, int64_t stride, const float* P, int64_t ld, int64_t columns,
-                                float* acc, int64_t k, bool accumulate) {
+template <class D, int R, int Ahead>
+LOWRANK_INLINE void shrink_passes(const typename D::T* x, int64_t stride, const float* P, int64_t ld, int64_t columns,
+                                  float* acc, int64_t k, bool accumulate, const typename D::T* ahead) {
   constexpr int C = R == 1 ? 2 * kShrinkRanks : kShrinkRanks;  // one row alone needs more chains to hide the latency
+  const int64_t passes = k / C;
   int64_t rank = 0;
-  for (; rank + C <= k; rank += C)
-    shrink_tile<D, R, C>(x, stride, P + rank * ld, ld, columns, acc + rank * kLanes, k, accumulate);
+  for (int64_t pass = 0; pass < passes; ++pass, rank += C)
+    shrink_tile<D, R, C, Ahead>(x, stride, P + rank * ld, ld, columns, acc + rank * kLanes, k, accumulate,
+                                ahead + pass * R / passes * stride);
   for (; rank < k; rank += kShrinkRanks)
-    shrink_tile<D, R, kShrinkRanks>(x, stride, P + rank * ld, ld, columns, acc + rank * kLanes, k, accumulate);
+    shrink_tile<D, R, kShrinkRanks, 0>(x, stride, P + rank * ld, ld, columns, acc + rank * kLanes, k, accumulate, x);
 }
 
+// R rows; the passes over their ranks share the fetching of the R rows at `ahead`.
+template <class D, int R>
+LOWRANK_INLINE void shrink_rows(const typename D::T* x, int64_t stride, const float* P, int64_t ld, int64_t columns,
+                                float* acc, int64_t k, bool accumulate, const typename D::T* ahead) {
+  if (k >= R * kShrinkRanks)
+    shrink_passes<D, R, 1>(x, stride, P, ld, columns, acc, k, accumulate, ahead);
+  else
+    shrink_passes<D, R, R / 2>(x, stride, P, ld, columns, acc, k, accumulate, ahead);
+}
+
+// `more`: the same rows follow at the next columns.
 template <class D>
 static void shrink_chunk(const typename D::T* x, int64_t stride, int64_t rows, const float* P, int64_t ld,
-                         int64_t columns, float* acc, int64_t k, bool accumulate) {
+                         int64_t columns, float* acc, int64_t k, bool accumulate, bool more) {
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4)
-    shrink_rows<D, 4>(x + row * stride, stride, P, ld, columns, acc + row * k * kLanes, k, accumulate);
+  for (; row + 4 <= rows; row += 4) {
+    const typename D::T* next = row + 8 > rows && more ? x + columns : x + (row + 4) * stride;
+    shrink_rows<D, 4>(x + row * stride, stride, P, ld, columns, acc + row * k * kLanes, k, accumulate, next);
+  }
   for (; row < rows; ++row)
-    shrink_rows<D, 1>(x + row * stride, stride, P, ld, columns, acc + row * k * kLanes, k, accumulate);
+    shrink_passes<D, 1, 0>(x + row * stride, stride, P, ld, columns, acc + row * k * kLanes, k, accumulate, x);
 }
 
 // t[i] = the sum of the lanes of acc[i], for n (a multiple of 4) registers.
@@ -134,9 +155,10 @@ static void shrink(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, 
       const float* panel = P.data + rank * P.ld + begin;
       if (drop.on) {
         drop_chunk<D>(x, rows, begin, columns, drop, first_row, s.rows, chunk);
-        shrink_chunk<F32>(s.rows, chunk, rows, panel, P.ld, round_up(columns, kUnit), s.lanes, ranks, begin > 0);
+        shrink_chunk<F32>(s.rows, chunk, rows, panel, P.ld, round_up(columns, kUnit), s.lanes, ranks, begin > 0, false);
       } else {
-        shrink_chunk<D>(row_of<D>(x, 0, begin), x.stride, rows, panel, P.ld, columns, s.lanes, ranks, begin > 0);
+        shrink_chunk<D>(row_of<D>(x, 0, begin), x.stride, rows, panel, P.ld, columns, s.lanes, ranks, begin > 0,
+                        begin + columns < to);
       }
     }
     if (to < x.cols) continue;
@@ -150,6 +172,16 @@ static void shrink(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, 
 
 // ---------------------------------------------------------------------------------------------- expand
 
+template <int R, class T>
+LOWRANK_INLINE void prefetch_rows(const T* p, int64_t stride) {
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    prefetch_unit(p);
+    p += stride;
+    LOWRANK_OPAQUE(p);
+  }
+}
+
 template <class D, int R>
 LOWRANK_INLINE void expand_rows(const typename D::T* y, int64_t y_stride, typename D::T* out, int64_t out_stride,
                                 const float* z, const float* P, int64_t ld, int64_t k, int64_t columns) {
@@ -157,6 +189,10 @@ LOWRANK_INLINE void expand_rows(const typename D::T* y, int64_t y_stride, typena
     V a[R], b[R];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) a[i] = b[i] = V{};
+    if constexpr (R == kExpandRows) {
+      if (y && y != out) prefetch_rows<R>(y + R * y_stride + d, y_stride);
+      prefetch_rows<R>(out + R * out_stride + d, out_stride);
+    }
     const float* p = P + d;
     for (int64_t rank = 0; rank < k; ++rank, p += ld) {
       V pa = load(p), pb = load(p + kLanes);
@@ -320,12 +356,12 @@ static void outer(const Matrix& x, int64_t rows, const float* z, int64_t k, floa
 // ---------------------------------------------------------------------------------------------- the backward pairs
 
 template <class D>
-static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, float* u, const float* z, float* acc,
-                         int64_t ld, bool accumulate) {
+static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, float* u, const float* z, int64_t z_k,
+                         float* acc, int64_t ld, bool accumulate) {
   const Dropout none{};
   if (!u || k > kRankBlock) {  // nothing to fuse, or more ranks than the scratch holds
     if (u) shrink<D>(g, rows, P, k, u, none, 0, 0, g.cols);
-    if (acc) outer<D>(g, rows, z, k, acc, ld, accumulate, 0, g.cols, none, 0);
+    if (acc) outer<D>(g, rows, z, z_k, acc, ld, accumulate, 0, g.cols, none, 0);
     return;
   }
   Scratch& s = scratch();
@@ -333,8 +369,8 @@ static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, floa
   for (int64_t begin = 0; begin < g.cols; begin += chunk) {
     const int64_t columns = g.cols - begin < chunk ? g.cols - begin : chunk;
     const typename D::T* p = row_of<D>(g, 0, begin);
-    shrink_chunk<D>(p, g.stride, rows, P.data + begin, P.ld, columns, s.lanes, k, begin > 0);
-    if (acc) outer_chunk<D>(p, g.stride, rows, z, k, acc + begin, ld, accumulate, columns);
+    shrink_chunk<D>(p, g.stride, rows, P.data + begin, P.ld, columns, s.lanes, k, begin > 0, begin + columns < g.cols);
+    if (acc) outer_chunk<D>(p, g.stride, rows, z, z_k, acc + begin, ld, accumulate, columns);
   }
   sum_lanes(s.lanes, rows * k, u);
 }
@@ -351,13 +387,26 @@ static void expand_outer(const float* z, Panel P, int64_t k, const Matrix* dx, c
   }
 }
 
+// ---------------------------------------------------------------------------------------------- the bound
+
+static void multiply_add(int64_t count) {
+  constexpr int chains = 12;  // more than latency times ports, and no more than the registers of any instruction set
+  V sum[chains], factor = broadcast(0.5f);
+  for (V& v : sum) v = factor;
+  for (int64_t done = 0; done < count; done += chains * kLanes)
+#pragma GCC unroll 12
+    for (int i = 0; i < chains; ++i) sum[i] = sum[i] * factor + factor;
+  volatile float sink = 0.0f;
+  for (V& v : sum) sink = sink + v[0];
+}
+
 // ---------------------------------------------------------------------------------------------- the table
 
 template <class D>
 constexpr Kernels table() {
   constexpr PanelFormat panel = {panel_floats, pack<D>, !D::even_odd};
-  return {kUnit,     panel,    panel,           panel_ld,        unpack<D>, shrink<D>,
-          expand<D>, outer<D>, shrink_outer<D>, expand_outer<D>, softmax};
+  return {kUnit,     kLightRows, panel,           panel,           panel_ld, unpack<D>,   shrink<D>,
+          expand<D>, outer<D>,   shrink_outer<D>, expand_outer<D>, softmax,  multiply_add};
 }
 
 }  // namespace

@@ -33,11 +33,39 @@ struct UnitOrder {
   static constexpr int step = D::even_odd ? 2 : 1, second = D::even_odd ? 1 : kLanes;
 };
 
+#if LOWRANK_LANES == 16
+// The common case of `pack_unit`: rank fastest, all columns there, float32 or bfloat16 in whole words of four.
+template <class D, class S>
+LOWRANK_INLINE bool pack_whole_unit(const typename S::T* data, const Factor& f, int64_t rank, int64_t d, int64_t rows,
+                                    float* panel, int64_t ld) {
+  constexpr int packed = 4 / sizeof(typename S::T);  // elements to a word
+  const int64_t stride = UnitOrder<D>::step * f.stride_d, ranks = f.k - rank < rows ? f.k - rank : rows;
+  if (std::is_same_v<S, F16> || d + kUnit > f.d || ranks % (4 * packed) || stride % packed) return false;
+  for (int half = 0; half < 2; ++half) {
+    const typename S::T* first = data + (d + half * UnitOrder<D>::second) * f.stride_d + rank;
+    float* to = panel + half * kLanes;
+    load_transposed(reinterpret_cast<const float*>(first), stride / packed, ranks / packed, [&](int64_t i, V v) {
+      if constexpr (packed == 1) {
+        store(to + i * ld, v);
+      } else {
+        store(to + 2 * i * ld, (V)((VU)v << 16));
+        store(to + (2 * i + 1) * ld, (V)((VU)v & 0xffff0000u));
+      }
+    });
+    for (int64_t i = ranks; i < rows; ++i) store(to + i * ld, V{});
+  }
+  return true;
+}
+#endif
+
 // The panel's rows [rank, rank + kLanes) at one unit of columns, from a factor of dtype S. Missing elements are zero.
 template <class D, class S>
 LOWRANK_INLINE void pack_unit(const typename S::T* data, const Factor& f, int64_t rank, int64_t d, int64_t rows,
                               float* panel, int64_t ld) {
   const int64_t columns = f.d - d, ranks = f.k - rank;
+#if LOWRANK_LANES == 16
+  if (rank_fastest(f) && pack_whole_unit<D, S>(data, f, rank, d, rows, panel, ld)) return;
+#endif
   if (rank_fastest(f)) {  // transpose in registers, one register of the unit at a time: two would not fit
     for (int half = 0; half < 2; ++half) {
       const int64_t first = d + half * UnitOrder<D>::second;
@@ -109,8 +137,8 @@ template <class D>
 static void pack_factor(const Factor& f, int64_t begin, int64_t end, float* panel, int64_t ld) {
   const int64_t padded = pad_rank(f.k);
   with_dtype(f, [&](auto dtype, const auto* data) {
-    for (int64_t rank = 0; rank < padded; rank += kLanes)
-      for (int64_t d = begin; d < end; d += kUnit)
+    for (int64_t d = begin; d < end; d += kUnit)
+      for (int64_t rank = 0; rank < padded; rank += kLanes)
         pack_unit<D, decltype(dtype)>(data, f, rank, d, padded - rank < kLanes ? padded - rank : kLanes,
                                       panel + rank * ld + d, ld);
   });

@@ -85,7 +85,7 @@ void gradients_into(const Tensor& g_tensor, const std::optional<Tensor>& x_tenso
     TORCH_CHECK(dx->owner.is_same(dx_tensor), "lowrank_fast: dx must have one stride between rows");
   }
   const PanelSource B_panel(up, dtype, Use::shrink);
-  const ShrinkOuter first{g, need_u ? &B_panel : nullptr, target(need_dB, dB, 0, g.matrix.cols), k};
+  const ShrinkOuter first{g, need_u ? &B_panel : nullptr, target(need_dB, dB, 0, g.matrix.cols), k, k};
   const ExpandOuter second{x ? &*x : nullptr,
                            dx ? &*dx : nullptr,
                            PanelSource(down, dtype, Use::expand),

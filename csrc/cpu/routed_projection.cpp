@@ -78,28 +78,48 @@ Factor flat_factor(const Tensor& flat, int64_t sample, const Shape& s, bool rank
 
 // ---------------------------------------------------------------------------------------------- the router
 
-// Probabilities softmax(t R^T) or softmax(x R^T) of a block of rows.
+// Probabilities softmax(t R^T) or softmax(x R^T) of a block of rows. A router on x rides along with A, as further ranks
+// of one shrink, where there are rows enough to pay for that panel and no dropout hides elements of x from A alone.
 class Router {
  public:
-  Router(const MaybeTensor& R, const Shape& s, const Rows* x) : s_(s), x_(x), table_(kernels(s.dtype)) {
+  Router(const MaybeTensor& R, const Shape& s, const Rows* x, const Dropout& drop)
+      : s_(s),
+        x_(x),
+        table_(kernels(s.dtype)),
+        stacked_(x && s.router_on_x && !s.fixed && !drop.on && s.count > kFewRows) {
     if (s.fixed) return;
     TORCH_CHECK(
         R.has_value() && R->dim() == 2 && R->size(0) == s.experts && R->size(1) == (s.router_on_x ? s.d_in : s.k),
         "lowrank_fast: R does not match the bank and router_input");
-    weight_ = R->to(at::kFloat).contiguous();
+    if (!s.router_on_x) weight_ = R->to(at::kFloat).contiguous();
     if (!s.router_on_x || !x) return;
-    const PanelSource source(factor_of(*R, 1, s.d_in), s.dtype, Use::shrink);
-    memory_ = at::empty({source.floats(s.d_in)}, at::kFloat);
-    panel_ = source.pack(memory_.data_ptr<float>(), 0, s.d_in);
+    factor_ = factor_of(*R, 1, s.d_in);
+    if (stacked_) return;
+    const PanelSource source(factor_, s.dtype, Use::shrink);
+    if (source.direct()) {
+      panel_ = source.in_place();
+    } else {
+      memory_ = at::empty({source.floats(s.d_in)}, at::kFloat);
+      panel_ = source.pack(memory_.data_ptr<float>(), 0, s.d_in);
+    }
   }
 
-  // p [rows][experts], from t [rows][pad_rank(k)]
-  void probabilities(int64_t row, int64_t rows, const float* t, float* p) const {
-    const int64_t tk = pad_rank(s_.k), E = s_.experts;
-    if (s_.router_on_x) {
+  // The shrink of A that `probabilities` reads its rows from.
+  Shrink beside(const Rows& x, const Factor& A, const Dropout& drop) const {
+    std::vector<Factor> stack{A};
+    if (stacked_) stack.push_back(factor_);
+    return {x, PanelSource(std::move(stack), s_.dtype, Use::shrink), s_.k + (stacked_ ? s_.experts : 0), drop};
+  }
+
+  // p [rows][experts], from the rows of t, `stride` floats apart
+  void probabilities(int64_t row, int64_t rows, const float* t, int64_t stride, float* p) const {
+    const int64_t E = s_.experts;
+    if (stacked_) {
+      for (int64_t i = 0; i < rows; ++i) std::copy_n(t + i * stride + s_.k, E, p + i * E);
+    } else if (s_.router_on_x) {
       const int64_t padded = pad_rank(E);
       std::vector<float> logits(rows * padded);
-      blocks(0, rows, [&](int64_t i, int64_t n) {
+      blocks(0, rows, kRowBlock, [&](int64_t i, int64_t n) {
         table_.shrink(x_->from(row + i), n, panel_, padded, logits.data() + i * padded, {}, row + i, 0, s_.d_in);
       });
       for (int64_t i = 0; i < rows; ++i) std::copy_n(logits.data() + i * padded, E, p + i * E);
@@ -108,7 +128,7 @@ class Router {
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t e = 0; e < E; ++e) {
           float sum = 0.0f;
-          for (int64_t j = 0; j < s_.k; ++j) sum += t[i * tk + j] * R[e * s_.k + j];
+          for (int64_t j = 0; j < s_.k; ++j) sum += t[i * stride + j] * R[e * s_.k + j];
           p[i * E + e] = sum;
         }
     }
@@ -126,7 +146,9 @@ class Router {
   const Shape& s_;
   const Rows* x_;
   const Kernels& table_;
+  bool stacked_;
   Tensor weight_, memory_;
+  Factor factor_{};
   Panel panel_{};
 };
 
@@ -192,14 +214,27 @@ void for_samples(const Shape& s, const F& f) {
   });
 }
 
-// z [rows][pad_rank(E k)] = s w_e t_j
-void khatri_rao(const float* w, const float* t, int64_t t_stride, int64_t rows, const Shape& s, float scale, float* z) {
-  const int64_t zk = pad_rank(s.experts * s.k);
-  for (int64_t i = 0; i < rows; ++i, z += zk, w += s.experts, t += t_stride) {
-    for (int64_t e = 0; e < s.experts; ++e)
-      for (int64_t j = 0; j < s.k; ++j) z[e * s.k + j] = scale * w[e] * t[j];
-    std::fill(z + s.experts * s.k, z + zk, 0.0f);
+// z [rows][pad_rank(experts.size() k)] = s w_e t_j, for the experts listed
+void khatri_rao(const float* w, const float* t, int64_t t_stride, int64_t rows, const Shape& s,
+                const std::vector<int64_t>& experts, float scale, float* z) {
+  const int64_t zk = static_cast<int64_t>(experts.size()) * s.k, padded = pad_rank(zk);
+  for (int64_t i = 0; i < rows; ++i, w += s.experts, t += t_stride, z += padded) {
+    float* to = z;
+    for (int64_t e : experts) {
+      const float factor = scale * w[e];
+      for (int64_t j = 0; j < s.k; ++j) *to++ = factor * t[j];
+    }
+    std::fill(to, z + padded, 0.0f);
   }
+}
+
+// The experts whose B gets a gradient; without a mask, all.
+std::vector<int64_t> listed(const MaybeTensor& active, int64_t experts) {
+  std::vector<int64_t> list;
+  const Tensor mask = active.has_value() ? active->contiguous() : Tensor();
+  for (int64_t e = 0; e < experts; ++e)
+    if (!mask.defined() || mask.data_ptr<bool>()[e]) list.push_back(e);
+  return list;
 }
 
 // ---------------------------------------------------------------------------------------------- forward
@@ -223,18 +258,21 @@ std::tuple<Tensor, Tensor, Tensor> project_into(const Tensor& out_tensor, const 
   Tensor p = s.fixed ? at::empty({0}, t.options()) : hidden(x_tensor, E);
   Tensor w = at::empty({0}, t.options());
   float *t_data = t.data_ptr<float>(), *p_data = p.data_ptr<float>();
-  const Shrink first{x, PanelSource(factor_of(A, 1, s.d_in), s.dtype, Use::shrink), s.k, dropout_of(dropout_p, seed)};
-  const Router router(R, s, &x);
+  const Dropout drop = dropout_of(dropout_p, seed);
+  const Router router(R, s, &x, drop);
+  const Shrink first = router.beside(x, factor_of(A, 1, s.d_in), drop);
+  const int64_t stride = pad_rank(first.k);  // of the rows that the shrink leaves
   auto keep_t = [&](int64_t row, int64_t rows, const float* from) {
-    for (int64_t i = 0; i < rows; ++i) std::copy_n(from + i * tk, s.k, t_data + (row + i) * s.k);
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(from + i * stride, s.k, t_data + (row + i) * s.k);
   };
 
   if (s.token) {
+    const std::vector<int64_t> all = listed({}, E);
     const Expand second{&y, out, PanelSource(bank_factors(B, s.d_out), s.dtype, Use::expand), E * s.k, {}};
     forward(s.count, &first, &second, [&](int64_t row, int64_t rows, const float* from, float* z) {
       keep_t(row, rows, from);
-      router.probabilities(row, rows, from, p_data + row * E);
-      khatri_rao(p_data + row * E, from, tk, rows, s, factor, z);
+      router.probabilities(row, rows, from, stride, p_data + row * E);
+      khatri_rao(p_data + row * E, from, stride, rows, s, all, factor, z);
     });
   } else {
     if (s.fixed) {
@@ -243,7 +281,7 @@ std::tuple<Tensor, Tensor, Tensor> project_into(const Tensor& out_tensor, const 
     } else {
       forward(s.count, &first, nullptr, [&](int64_t row, int64_t rows, const float* from, float*) {
         keep_t(row, rows, from);
-        router.probabilities(row, rows, from, p_data + row * E);
+        router.probabilities(row, rows, from, stride, p_data + row * E);
       });
       w = mean_weights(p, token_mask, s);
     }
@@ -253,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor> project_into(const Tensor& out_tensor, const 
       const Expand second{&y, out, PanelSource(flat_factor(mix, 0, s, major), s.dtype, Use::expand), s.k, {}};
       forward(s.count, &first, &second, [&](int64_t row, int64_t rows, const float* from, float* z) {
         keep_t(row, rows, from);
-        scaled(from, tk, rows, s.k, factor, z, tk);
+        scaled(from, stride, rows, s.k, factor, z, tk);
       });
     } else {
       for_samples(s, [&](int64_t sample, int64_t begin, int64_t tokens) {
@@ -367,9 +405,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_projection_backward(
               " weights; got ", w_tensor.sizes());
   check_hidden("t", t_tensor, g_tensor, s.k);
   if (!s.fixed) check_hidden("p", p_tensor, g_tensor, s.experts);
-  TORCH_CHECK(
-      !active.has_value() || (active->scalar_type() == at::kBool && active->sizes() == at::IntArrayRef({s.experts})),
-      "lowrank_fast: active must be bool [", s.experts, "]");
+  TORCH_CHECK(!active.has_value() || (active->scalar_type() == at::kBool && active->sizes() == at::IntArrayRef({s.experts})),
+              "lowrank_fast: active must be bool [", s.experts, "]");
 
   Tensor dx_tensor = needs.dx ? activations(g_tensor, s.d_in) : empty_result(g_tensor);
   Tensor dA = needs.dA ? at::empty_like(A) : empty_result(A), dB = needs.dB ? at::empty_like(B) : empty_result(B);
@@ -378,7 +415,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_projection_backward(
   std::optional<Rows> x, dx;
   if (need_x) x = rows_of(*x_tensor);
   if (needs.dx) dx = rows_of(dx_tensor);
-  const Router router(R, s, nullptr);
+  const std::vector<int64_t> trained = needs.dB ? listed(active, E) : std::vector<int64_t>{};
+  if (needs.dB && static_cast<int64_t>(trained.size()) < E) dB.zero_();  // the others cost no more than this
+  const Router router(R, s, nullptr, {});
   const InputGradients inputs{
       s, needs, A, dA, dR, R, x ? &*x : nullptr, dx ? &*dx : nullptr, dropout_of(dropout_p, seed)};
   const Tensor t = hidden_rows(t_tensor, s.count, s.k);
@@ -403,14 +442,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_projection_backward(
   if (s.token) {
     const bool need_v = inputs.wanted() || needs.dR;
     const PanelSource bank(bank_factors(B, s.d_out), s.dtype, Use::shrink);
-    const ShrinkOuter first{g, need_v ? &bank : nullptr, needs.dB ? bank_factors(dB, s.d_out) : std::vector<Factor>{},
-                            ek};
+    std::vector<Factor> targets;
+    for (int64_t e : trained) targets.push_back(factor_of(dB.select(0, e), 0, s.d_out));
+    const ShrinkOuter first{g, need_v ? &bank : nullptr, targets, ek, static_cast<int64_t>(trained.size()) * s.k};
     const ExpandOuter second = inputs.pass();
     const int64_t vk = pad_rank(ek);
     backward(
         s.count, &first, inputs.wanted() ? &second : nullptr,
         [&](int64_t row, int64_t rows, float* z) {
-          khatri_rao(p_data + row * E, t_data + row * s.k, s.k, rows, s, factor, z);
+          khatri_rao(p_data + row * E, t_data + row * s.k, s.k, rows, s, trained, factor, z);
         },
         [&](int64_t row, int64_t rows, const float* v, float* u) {
           if (!v) return;
@@ -433,11 +473,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_projection_backward(
             finish_row(row + i, ui);
           }
         });
-    if (needs.dB && active.has_value()) dB.mul_(active->view({E, 1, 1}));
   } else {
     const Tensor w = w_tensor.to(at::kFloat).contiguous().view({s.samples, E});
     const Tensor bank = flat_bank(B);
-    const bool major = rank_major(B), need_G = needs.dB || route || needs.dweights;
+    const bool major = rank_major(B), need_G = !trained.empty() || route || needs.dweights;
     const Tensor mix = at::mm(w, bank);
     Tensor G = need_G ? at::empty({s.samples, s.k * s.d_out}, t.options()) : Tensor();
     Tensor v = inputs.wanted() ? at::empty({s.count, s.k}, t.options()) : Tensor();
@@ -446,7 +485,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_projection_backward(
       const PanelSource panel(flat_factor(mix, sample, s, major), s.dtype, Use::shrink);
       std::vector<Factor> target;
       if (need_G) target.push_back(flat_factor(G, sample, s, major));
-      const ShrinkOuter first{part, v.defined() ? &panel : nullptr, target, s.k};
+      const ShrinkOuter first{part, v.defined() ? &panel : nullptr, target, s.k, s.k};
       backward(
           tokens, &first, nullptr,
           [&](int64_t row, int64_t rows, float* z) {
@@ -456,10 +495,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_projection_backward(
             if (from) scaled(from, tk, rows, s.k, factor, v.data_ptr<float>() + (begin + row) * s.k, s.k);
           });
     });
-    if (needs.dB) {
-      const Tensor used = active.has_value() ? w * active->view({1, E}) : w;
-      const Tensor flat = at::mm(used.t(), G);  // [E, r d_out]
-      dB.copy_(major ? flat.view({E, s.k, s.d_out}).transpose(1, 2) : flat.view({E, s.d_out, s.k}));
+    if (!trained.empty()) {
+      const Tensor chosen = at::tensor(trained, at::kLong);
+      const Tensor flat = at::mm(w.index_select(1, chosen).t(), G);  // [trained, r d_out]
+      for (size_t i = 0; i < trained.size(); ++i) {
+        const Tensor from = flat.select(0, i);
+        dB.select(0, trained[i]).copy_(major ? from.view({s.k, s.d_out}).t() : from.view({s.d_out, s.k}));
+      }
     }
     Tensor dw = route || needs.dweights ? at::mm(G, bank.t()).contiguous() : Tensor();  // [samples, E]
     if (needs.dweights) dweights = dw.view({E}).clone();

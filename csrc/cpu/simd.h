@@ -43,6 +43,12 @@ LOWRANK_INLINE void store(float* p, V v) { *reinterpret_cast<UnalignedV*>(p) = v
 LOWRANK_INLINE V broadcast(float s) { return s - V{}; }
 LOWRANK_INLINE V select(VI mask, V a, V b) { return (V)(((VI)a & mask) | ((VI)b & ~mask)); }
 
+// A unit of columns, into the second-level cache.
+template <class T>
+LOWRANK_INLINE void prefetch_unit(const T* p) {
+  for (int i = 0; i < kUnit * int(sizeof(T)); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + i, 0, 2);
+}
+
 // ---------------------------------------------------------------------------------------------- float32
 
 struct F32 {
@@ -276,6 +282,34 @@ LOWRANK_INLINE void transpose(V* v) {  // kLanes x kLanes in registers: swap off
     transpose<Distance / 2>(v);
   }
 }
+
+// write(j, v): lane i of v is word j of the row at p + i * stride words, for j < words, a multiple of 4. Sixteen lanes
+// only: four loads fill a register with the same quarter of four rows, so that the shuffles stay within quarters: half
+// of what `transpose` takes.
+#if LOWRANK_LANES == 16
+template <class Write>
+LOWRANK_INLINE void load_transposed(const float* p, int64_t stride, int64_t words, const Write& write) {
+  for (int64_t j = 0; j < words; j += 4, p += 4) {
+    __m512 a[4];
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; ++m) {
+      const float* row = p + m * stride;
+      a[m] = _mm512_castps128_ps512(_mm_loadu_ps(row));
+      a[m] = _mm512_insertf32x4(a[m], _mm_loadu_ps(row + 4 * stride), 1);
+      a[m] = _mm512_insertf32x4(a[m], _mm_loadu_ps(row + 8 * stride), 2);
+      a[m] = _mm512_insertf32x4(a[m], _mm_loadu_ps(row + 12 * stride), 3);
+    }
+    const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(a[0], a[1])),
+                  high = _mm512_castps_pd(_mm512_unpackhi_ps(a[0], a[1])),
+                  low2 = _mm512_castps_pd(_mm512_unpacklo_ps(a[2], a[3])),
+                  high2 = _mm512_castps_pd(_mm512_unpackhi_ps(a[2], a[3]));
+    write(j, (V)_mm512_unpacklo_pd(low, low2));
+    write(j + 1, (V)_mm512_unpackhi_pd(low, low2));
+    write(j + 2, (V)_mm512_unpacklo_pd(high, high2));
+    write(j + 3, (V)_mm512_unpackhi_pd(high, high2));
+  }
+}
+#endif
 
 LOWRANK_INLINE void deinterleave(V first, V second, V& even, V& odd) {
   VI index;

@@ -156,10 +156,10 @@ void split(int64_t threads, int64_t count, int64_t align, const F& f) {
   });
 }
 
-// f(row, rows) over [begin, end) in blocks of kRowBlock.
+// f(row, rows) over [begin, end) in blocks of `size` rows.
 template <class F>
-void blocks(int64_t begin, int64_t end, const F& f) {
-  for (int64_t row = begin; row < end; row += kRowBlock) f(row, std::min<int64_t>(kRowBlock, end - row));
+void blocks(int64_t begin, int64_t end, int64_t size, const F& f) {
+  for (int64_t row = begin; row < end; row += size) f(row, std::min(size, end - row));
 }
 
 inline Tensor empty_result(const Tensor& like) { return at::empty({0}, like.options()); }

@@ -9,7 +9,7 @@ import torch
 from lowrank_fast.bench import runner
 from lowrank_fast.bench.cases import Case, Inputs, Problem, residual, routed
 from lowrank_fast.bench.gate import Expected, Wrong, check, relative_error
-from lowrank_fast.bench.registry import FLOOR, PROVIDERS, Prepared, Provider
+from lowrank_fast.bench.registry import LIMITS, PROVIDERS, Prepared, Provider, multiply_adds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,7 +25,7 @@ EAGER = [
     pytest.param(provider, family, direction, id=f"{provider.name}-{family}-{direction}")
     for provider in PROVIDERS
     for family, direction in provider.builders
-    if provider.name not in ("compile", FLOOR)
+    if provider.name not in ("compile", *LIMITS)
 ]
 
 
@@ -47,11 +47,22 @@ def test_compiled_providers_stand_beside_every_naive_one():
     assert set(by_name["compile"]) == set(by_name["naive"])
 
 
-def test_every_direction_of_ours_has_a_floor_and_a_rival():
+def test_every_direction_of_ours_has_both_limits_and_a_rival():
     by_name = {provider.name: set(provider.builders) for provider in PROVIDERS}
-    assert by_name[FLOOR] == by_name["ours"]
+    for limit in LIMITS:
+        assert by_name[limit] == by_name["ours"]
     for key in by_name["ours"]:
-        assert any(key in builders for name, builders in by_name.items() if name not in (FLOOR, "ours")), key
+        assert any(key in builders for name, builders in by_name.items() if name not in (*LIMITS, "ours")), key
+
+
+def test_multiply_adds_are_those_of_the_matrix_products():
+    T, d, r, E = 10, 6, 2, 3
+    one, token = residual(torch.float32, T, d, r), routed("token", torch.float32, T, d, r, E)
+    assert multiply_adds(one, "forward_out") == 2 * T * d * r  # x A^T, t B^T
+    assert multiply_adds(one, "backward_out") == 4 * T * d * r  # g B, u A, u^T x, g^T t
+    assert multiply_adds(one, "forward_backward") == 6 * T * d * r
+    assert multiply_adds(token, "forward") == T * d * (r + E) + T * d * E * r
+    assert multiply_adds(routed("batch", torch.float32, T, d, r, E), "forward") == 2 * T * d * r
 
 
 def wrong_provider(change) -> Provider:

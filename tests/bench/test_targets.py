@@ -34,6 +34,13 @@ def test_fraction_of_the_floor():
     assert row(case({"ours": 1.0, "floor": 0.96}), "fp32 forward out=, r=8").reaches_aim
 
 
+def test_the_limit_is_the_slower_of_traffic_and_arithmetic():
+    times = {"ours": 2.0, "addmm": 3.0, "floor": 1.0, "arithmetic": 1.5}
+    assert row(case(times), "fp32 forward out=, r=8, vs addmm(out=)").measured.limit == 2.0
+    assert row(case(times), "fp32 forward out=, r=8").measured.limit == pytest.approx(1 / 1.5)
+    assert row(case(times | {"arithmetic": None}), "fp32 forward out=, r=8").measured.limit is None
+
+
 def test_medians_stand_beside_and_do_not_decide():
     records = [record("ours", 1.0, median=4.0), record("addmm", 2.0, median=4.0)]
     found = row(records, "fp32 forward out=, r=8, vs addmm(out=)")
