@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.library import opcheck
 from lowrank_fast import functional, ops, use_backend
 
 from ..support.accuracy import assert_same_bits
-from ..support.problems import Halves, Problem, ResidualAdd, Routed
+from ..support.problems import Halves, Problem, ResidualAdd, Routed, evaluate
 from ..support.targets import device_of
 
 # ------------------------------------------------------------------------------------------------ opcheck
@@ -155,16 +156,41 @@ def test_inductor_compiles_with_the_bits_of_the_plain_call(kernel_backend, probl
     _assert_compiles(problem, kernel_backend, "inductor")
 
 
-def test_dynamic_shapes_do_not_recompile_for_every_length(backend):
+DYNAMIC: list[Problem] = [
+    ResidualAdd((2, 9), 24, 40, 4, needs=frozenset("yxAB")),
+    Halves((2, 9), 24, 40, 4, needs=frozenset("yxAB"), dropout_p=0.3),
+    Routed((2, 9), 24, 40, 4, needs=frozenset("yxABR"), routing="batch", masked=True),
+    Routed((2, 9), 24, 40, 4, needs=frozenset("yxABR"), routing="sample"),
+    Routed((2, 9), 24, 40, 4, needs=frozenset("yxABR"), routing="token", router_input="x", dropout_p=0.3),
+    Routed((2, 9), 24, 40, 4, needs=frozenset(("x", "B", "weights")), routing="static"),
+]
+
+
+@pytest.mark.parametrize("problem", DYNAMIC, ids=lambda p: getattr(p, "routing", type(p).__name__))
+def test_dynamic_shapes_do_not_recompile_for_every_length(backend, problem):
+    """Forward and backward of every function, with and without dropout, one graph for all lengths."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(functional.residual_add, fullgraph=True, dynamic=True, backend=counter)
-    A, B = torch.randn(3, 24), torch.randn(40, 3)
+    settings = problem.prepared(device_of(backend))
+    if isinstance(problem, Routed):
+        settings = partial(settings.func, **{**settings.keywords, "token_mask": None})
+
+    def call(token_mask, **tensors):
+        return settings(**tensors, token_mask=token_mask) if token_mask is not None else settings(**tensors)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
     graphs = []
     with use_backend(backend):
-        for tokens in (5, 9, 17, 33):
-            y, x = torch.randn(tokens, 40), torch.randn(tokens, 24)
-            assert_same_bits(compiled(y, x, A, B), functional.residual_add(y, x, A, B))
+        for tokens in (9, 5, 17, 33):
+            longer = problem.but(lead=(2, tokens))
+            inputs, g = longer.tensors(device_of(backend))
+            mask = longer.token_mask(device_of(backend)) if isinstance(longer, Routed) else None
+            results = []
+            for function in (call, compiled):
+                torch.manual_seed(tokens)
+                results.append(evaluate(partial(function, mask), inputs, problem.needs, g))
+            for name, value in results[0].items():
+                assert_same_bits(results[1][name], value, name)
             graphs.append(counter.frame_count)
     assert len(set(graphs)) == 1, graphs
 
