@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ HEAD = (
 class Config(NamedTuple):
     """One call of one op: what decides which kernels run and how they are compiled."""
 
-    op: str  # "residual", "dx", "batch", "static" or "token"
+    op: str  # "residual", "dx", "rms" or "layer" (residual add with the next norm), "batch", "static" or "token"
     direction: str  # "forward" or "backward"
     T: int
     d: int
@@ -61,19 +62,28 @@ class Config(NamedTuple):
 
 def configurations(quick: bool = False) -> list[Config]:
     """Every configuration that ships: each row of the launch table, for the ops that reach it."""
+    both = ("forward", "backward")
     found = [_config("residual", "forward", T, r) for r in (16, 32, 64) for T in (128, 1024, 4096, 8192)]
-    found += [_config(op, "backward", 8192, r) for r in (16, 32, 64) for op in ("residual", "dx")]
+    found += [_config("residual", "backward", 8192, r) for r in (16, 32, 64)]
+    found += [_config("dx", "backward", 8192, r) for r in (16, 64)]
     if quick:
         return found
-    for op, on in (("batch", "t"), ("batch", "x"), ("token", "t"), ("token", "x")):
-        for r in (16, 64) if on == "t" else (16,):
-            found += [_config(op, way, 8192, r, on=on) for way in ("forward", "backward")]
-    found += [_config("static", way, 8192, 32) for way in ("forward", "backward")]
-    found += [_config("residual", way, 8192, r) for r in (8, 128) for way in ("forward", "backward")]
-    found += [_config("residual", way, 8192, 16, dropout=True) for way in ("forward", "backward")]
-    found += [_config("residual", way, 8192, 16, parameter="float32") for way in ("forward", "backward")]
-    found += [_config("residual", way, 8192, 16, "float16") for way in ("forward", "backward")]
-    found += [_config(op, way, 8192, 16, "float32") for op in ("residual", "token") for way in ("forward", "backward")]
+    found += [_config(op, way, 8192, r) for op in ("batch", "token") for r in (16, 64) for way in both]
+    found += [_config("batch", way, 8192, 16, on="x") for way in both]
+    found += [_config("token", "backward", 8192, 16, on="x"), _config("batch", "backward", 8192, 128, on="x")]
+    found += [_config("batch", "forward", 4096, 16), _config("static", "forward", 8192, 32)]
+    found += [_config("residual", "backward", 8192, 16)._replace(d=16384)]
+    found += [_config("residual", way, 8192, 128) for way in both]
+    found += [_config("residual", "forward", 1024, 128), _config("residual", "forward", 8192, 8)]
+    found += [_config("residual", way, 8192, 16, dropout=True) for way in both]
+    found += [_config("residual", way, 8192, 16, parameter="float32") for way in both]
+    found += [_config("residual", "forward", 8192, 16, "float16")]
+    found += [_config("rms", "forward", 8192, 16), _config("layer", "forward", 8192, 64)]
+    for r in (16, 64):
+        found += [_config(op, way, 8192, r, "float32") for op in ("residual", "batch") for way in both]
+        found += [_config("residual", "forward", 1024, r, "float32")]
+    found += [_config("token", way, 8192, 32, "float32") for way in both]
+    found += [_config("dx", "backward", 8192, 64, "float32", dropout=True)]
     return list(dict.fromkeys(found))
 
 
@@ -113,6 +123,11 @@ def _call(c: Config) -> None:
         else:
             everything = c.op == "residual"
             backend.residual_add_backward(g, x, t, A, B, 0.5, p, seed, True, everything, everything)
+        return
+    if c.op in ("rms", "layer"):
+        layer, weight = c.op == "layer", meta(c.d, dtype=parameter)
+        B = meta(c.d, c.rank, dtype=parameter)
+        backend.residual_add_norm(y, x, A, B, 0.5, weight, weight if layer else None, 1e-5, layer)
         return
     B = meta(c.experts, c.d, c.rank, dtype=parameter)
     static = c.op == "static"
@@ -176,7 +191,15 @@ def compile_all(
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(_facts, *task) for task in tasks]
         for number, future in enumerate(futures, 1):
-            found.append(future.result())
+            try:
+                found.append(future.result())
+            except BrokenProcessPool:  # an assertion in the compiler ends its process, and with it the pool
+                config, architecture, index = tasks[number - 1]
+                name = launches(config, architecture)[index].name
+                raise RuntimeError(
+                    f"the compiler crashed at or soon after {name}, {config}, {architecture} (kernel {number} of "
+                    f"{len(tasks)}); --jobs 1 and --arch say at which"
+                ) from None
             progress(number, len(tasks))
     return found
 
@@ -192,12 +215,11 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"needs {row['shared_bytes']} bytes of shared memory")
     if row["ctas_per_sm"] == 0:
         found.append("does not fit a multiprocessor")
-    # IEEE float32 has no matrix instruction; gfx942 has no asynchronous copy that Triton uses.
-    if row["dots"] and not row["tensor_ops"] and " float32" not in row["config"]:
+    if row["dots"] and not row["tensor_ops"]:
         found.append("a dot without matrix instructions")
     if row["load_bytes"] and row["load_bytes"] < 16:
         found.append(f"streams in accesses of {row['load_bytes']} bytes")
-    if row["synchronous_streams"] and row["arch"] != "gfx942":
+    if row["synchronous_streams"] and row["arch"] != "gfx942":  # which has no asynchronous copy that Triton uses
         found.append(f"{row['synchronous_streams']} streaming loads that are not asynchronous")
     return found
 
@@ -244,7 +266,9 @@ def run(args: argparse.Namespace) -> int:
         texts.append(table(kernels, configs, architectures))
         sound = not any(faults(row) for row in kernels)
     if "cuda" in possible:
-        rows = cuda_codegen.rows(configs, args.arch, args.jobs)
+        rows = cuda_codegen.rows(
+            cuda_codegen.compiled_facts(args.jobs), configs, args.arch or cuda_codegen.ARCHITECTURES
+        )
         kernels += rows
         texts.append(cuda_table(rows))
         sound = sound and not any(cuda_codegen.faults(row) for row in rows)

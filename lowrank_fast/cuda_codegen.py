@@ -221,11 +221,13 @@ def row(fact: KernelFacts, launch: Launch, config: Any) -> dict[str, Any]:
     }
 
 
-def rows(configs: Sequence[Any], architectures: Sequence[str] | None, jobs: int) -> list[dict[str, Any]]:
-    """Each distinct kernel once per architecture of ARCHITECTURES, with the first configuration that launches it."""
+def rows(
+    compiled: dict[str, dict[str, KernelFacts]], configs: Sequence[Any], architectures: Sequence[str] = ARCHITECTURES
+) -> list[dict[str, Any]]:
+    """Each distinct kernel of `compiled_facts` once per architecture, with the first configuration that launches it."""
     found = []
-    for arch, facts in compiled_facts(jobs).items():
-        if arch not in PROCESSORS or (architectures and f"sm_{cuda_build.number(arch)}" not in architectures):
+    for arch, facts in compiled.items():
+        if arch not in PROCESSORS or f"sm_{cuda_build.number(arch)}" not in architectures:
             continue
         seen: set[str] = set()
         for config in configs:

@@ -4,6 +4,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <string>
+
 #include "types.h"
 
 namespace lowrank {
@@ -49,6 +51,37 @@ Result fallback(const char* op, Args... args) {  // the types of the schema, spe
   return handle.typed<Result(Args...)>().redispatch(c10::DispatchKeySet(c10::DispatchKey::PrivateUse3), args...);
 }
 
+// ------------------------------------------------------------------------------------------------ checks
+
+// Only what a kernel would otherwise read or write out of bounds; functional.py explains arguments to users.
+
+inline std::string described(const Tensor& t) {
+  if (!t.defined()) return "nothing";
+  return c10::str(t.sizes(), " ", t.scalar_type(), " on ", t.device());
+}
+// `rows` [.., width] has the tokens of `like`.
+inline void check_rows(const char* name, const Tensor& rows, const Tensor& like, int64_t width, at::ScalarType type) {
+  const int64_t tokens = like.numel() / like.size(-1);
+  TORCH_CHECK(rows.defined() && rows.dim() && rows.size(-1) == width && rows.numel() == tokens * width &&
+                  rows.scalar_type() == type && rows.device() == like.device(),
+              "lowrank_fast: ", name, " must be ", tokens, " rows of ", width, " ", type, " on ", like.device(),
+              "; got ", described(rows));
+}
+// A parameter: of the dtype of the activations, or float32.
+inline void check_factor(const char* name, const Tensor& f, at::IntArrayRef sizes, const Tensor& like,
+                         at::ScalarType type) {
+  TORCH_CHECK(f.defined() && f.sizes() == sizes && (f.scalar_type() == type || f.scalar_type() == at::kFloat) &&
+                  f.device() == like.device(),
+              "lowrank_fast: ", name, " must be ", sizes, " ", type, " or Float on ", like.device(), "; got ",
+              described(f));
+}
+// Elements that are read one after the other.
+inline void check_flat(const char* name, const Tensor& t, int64_t count, at::ScalarType type, const Tensor& like) {
+  TORCH_CHECK(t.defined() && t.numel() == count && t.scalar_type() == type && t.device() == like.device(),
+              "lowrank_fast: ", name, " must be ", count, " elements of ", type, " on ", like.device(), "; got ",
+              described(t));
+}
+
 // ------------------------------------------------------------------------------------------------ arguments
 
 inline bool takes(at::ScalarType type) { return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf; }
@@ -88,8 +121,9 @@ inline MutableFactor target(const Tensor& f, at::ScalarType like, Kind kind) {
   return factor_of<MutableFactor>(f, like, kind);
 }
 
-inline Dropout dropout_of(double p, const optional<Tensor>& seed) {
+inline Dropout dropout_of(double p, const optional<Tensor>& seed, const Tensor& like) {
   if (p == 0.0 || !seed) return {};
+  check_flat("seed", *seed, 2, at::kLong, like);
   const double threshold = p * 4294967296.0;
   return {static_cast<const int64_t*>(seed->data_ptr()),
           threshold >= 4294967295.0 ? 4294967295u : static_cast<uint32_t>(threshold),

@@ -26,6 +26,10 @@ Tensor residual_add_into(const Tensor& y, const Tensor& x, const Tensor& A, cons
                          const Seed& seed, bool save_t, const Tensor& out) {
   const c10::DeviceGuard guard(x.device());
   const auto type = x.scalar_type();
+  check_rows("y", y, x, y.size(-1), type);
+  check_rows("out", out, x, y.size(-1), type);
+  check_factor("A", A, {A.size(0), x.size(-1)}, x, type);
+  check_factor("B", B, {y.size(-1), A.size(0)}, x, type);
   Tensor t = save_t ? hidden_like(x, A.size(0)) : at::empty({0}, x.options().dtype(at::kFloat));
   Tensor x_rows = as_rows(x), y_rows = as_rows(y);
   OutRows target(out);
@@ -38,7 +42,7 @@ Tensor residual_add_into(const Tensor& y, const Tensor& x, const Tensor& A, cons
   a.A = factor(A, type, kDown);
   a.B = factor(B, type, kUp);
   a.t_out = save_t ? floats(t) : nullptr;
-  a.dropout = dropout_of(p, seed);
+  a.dropout = dropout_of(p, seed, x);
   launch(&KernelTable::forward, a, x);
   target.finish();
   return t;
@@ -72,19 +76,22 @@ Tensor shrink(const Tensor& x, const Tensor& A, double p, const Seed& seed) {
   if (!forward_fits(x, x, A.size(0)))
     return fallback<Tensor, const Tensor&, const Tensor&, double, const Seed&>("shrink", x, A, p, seed);
   const c10::DeviceGuard guard(x.device());
+  check_factor("A", A, {A.size(0), x.size(-1)}, x, x.scalar_type());
   Tensor rows = as_rows(x), t = hidden_like(x, A.size(0));
   ForwardArgs a = forward_args(x, A.size(0), 1.0);
   a.d_in = static_cast<int32_t>(x.size(-1));
   a.x = rows_of(rows);
   a.A = factor(A, x.scalar_type(), kDown);
   a.t_out = floats(t);
-  a.dropout = dropout_of(p, seed);
+  a.dropout = dropout_of(p, seed, x);
   launch(&KernelTable::forward, a, x);
   return t;
 }
 
 void expand_add_into(const Tensor& y, const Tensor& t, const Tensor& B, double scale, const Tensor& out) {
   const c10::DeviceGuard guard(y.device());
+  check_rows("t", t, y, B.size(1), t.scalar_type());
+  check_factor("B", B, {y.size(-1), B.size(1)}, y, y.scalar_type());
   Tensor y_rows = as_rows(y), t_rows = fp32_rows(t);
   OutRows target(out);
   ForwardArgs a = forward_args(y, B.size(1), scale);
@@ -126,6 +133,12 @@ BackwardResults run_backward(const BackwardInputs& in) {
   const Tensor& like = in.g.defined() ? in.g : in.dt;
   const Tensor& factor_like = in.A.defined() ? in.A : in.B;
   const int64_t rank = in.A.defined() ? in.A.size(0) : in.B.size(1);
+  if (in.A.defined()) check_factor("A", in.A, {rank, in.A.size(1)}, like, in.type);
+  if (in.B.defined()) check_factor("B", in.B, {in.B.size(0), rank}, like, in.type);
+  if (in.g.defined()) check_rows("g", in.g, like, in.B.size(0), in.type);
+  if (in.dt.defined()) check_rows("dt", in.dt, like, rank, in.dt.scalar_type());
+  if (in.dA) check_rows("x", in.x, like, in.A.size(1), in.type);
+  if (in.dB) check_rows("t", in.t, like, rank, in.t.scalar_type());
   auto leading = like.sizes().vec();
   const auto options = like.options().dtype(in.type);
   BackwardResults out = {none(options), none(factor_like.options()), none(factor_like.options()), none(options)};
@@ -159,7 +172,7 @@ BackwardResults run_backward(const BackwardInputs& in) {
   a.B = factor(in.B, in.type, kUp);
   if (in.dA) a.dA = target(out.dA, in.type, kDown);
   if (in.dB) a.dB = target(out.dB, in.type, kUp);
-  a.dropout = dropout_of(in.p, in.seed);
+  a.dropout = dropout_of(in.p, in.seed, like);
   launch(&KernelTable::backward, a, like);
   return out;
 }
@@ -182,7 +195,7 @@ Tensors3 residual_add_backward(const Tensor& g, const optional<Tensor>& x, const
 }
 Tensors2 shrink_backward(const Tensor& dt, const optional<Tensor>& x, const Tensor& A, double p, const Seed& seed,
                          at::ScalarType dx_type, bool need_dx, bool need_dA) {
-  const bool one_type = !need_dA || x->scalar_type() == dx_type;
+  const bool one_type = !need_dA || !x || x->scalar_type() == dx_type;
   if (!one_type || !backward_fits(dx_type, dt, A, {}))
     return fallback<Tensors2, const Tensor&, const optional<Tensor>&, const Tensor&, double, const Seed&,
                     at::ScalarType, bool, bool>("shrink_backward", dt, x, A, p, seed, dx_type, need_dx, need_dA);

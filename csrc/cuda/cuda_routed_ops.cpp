@@ -8,7 +8,10 @@ namespace {
 using Optional = optional<Tensor>;
 
 int32_t routing_code(c10::string_view name) {
-  return name == "batch" ? kBatch : name == "sample" ? kSample : name == "token" ? kToken : kStatic;
+  const int32_t code = name == "batch" ? kBatch : name == "sample" ? kSample : name == "token" ? kToken : kStatic;
+  TORCH_CHECK(code != kStatic || name == "static",
+              "lowrank_fast: routing must be 'batch', 'sample', 'token' or 'static'; got '", name, "'");
+  return code;
 }
 
 // The rank of the widest factor that the kernels would see.
@@ -35,15 +38,23 @@ Common common(const Tensor& like, const Tensor& x, const Tensor& A, const Tensor
   Common c = {};
   RoutedArgs& a = c.args;
   const auto type = like.scalar_type();
+  const int64_t tokens = like.numel() / like.size(-1), experts = B.size(0), rank = A.size(0);
+  check_factor("A", A, {rank, A.size(1)}, like, type);
+  check_factor("B", B, {experts, B.size(1), rank}, like, type);
+  if (x.defined()) check_rows("x", x, like, A.size(1), type);
+  if (routing != kStatic) {
+    check_factor("R", R.value_or(Tensor()), {experts, router_on_x ? A.size(1) : rank}, like, type);
+  }
+  if (token_mask) check_flat("token_mask", *token_mask, tokens, at::kBool, like);
   if (x.defined()) c.x = as_rows(x);
   if (token_mask) c.token_mask = token_mask->contiguous();
-  a.tokens = like.numel() / like.size(-1);
+  a.tokens = tokens;
   a.segments = routing == kSample ? like.size(0) : 1;
   a.dtype = code(type);
   a.d_in = static_cast<int32_t>(A.size(1));
   a.d_out = static_cast<int32_t>(B.size(1));
-  a.rank = static_cast<int32_t>(A.size(0));
-  a.experts = static_cast<int32_t>(B.size(0));
+  a.rank = static_cast<int32_t>(rank);
+  a.experts = static_cast<int32_t>(experts);
   a.routing = routing;
   a.router_on_x = router_on_x;
   a.scale = static_cast<float>(scale);
@@ -52,7 +63,7 @@ Common common(const Tensor& like, const Tensor& x, const Tensor& A, const Tensor
   a.B = factor(B, type, kBank);
   a.R = factor(R.value_or(Tensor()), type, kUp);
   a.token_mask = flags(c.token_mask);
-  a.dropout = dropout_of(p, seed);
+  a.dropout = dropout_of(p, seed, like);
   return c;
 }
 
@@ -61,6 +72,11 @@ Tensors3 routed_into(const Tensor& y, const Tensor& x, const Tensor& A, const Te
                      bool router_on_x, double p, const Optional& seed, const Tensor& out) {
   const c10::DeviceGuard guard(x.device());
   Common c = common(x, x, A, B, R, token_mask, scale, routing, router_on_x, p, seed);
+  check_rows("y", y, x, B.size(1), x.scalar_type());
+  if (routing == kStatic) {
+    const Tensor given = weights.value_or(Tensor());
+    check_flat("weights", given, B.size(0), given.defined() ? given.scalar_type() : at::kFloat, x);
+  }
   const auto wide = x.options().dtype(at::kFloat);
   Tensor t = hidden_like(x, A.size(0)), probabilities = routing == kStatic ? none(wide) : hidden_like(x, B.size(0));
   Tensor w = routing == kToken    ? none(wide)
@@ -121,9 +137,15 @@ Tensors5 routed_projection_backward(const Tensor& g, const Optional& x, const Te
   const bool need_dx = needs[0], need_dA = needs[1], need_dB = needs[2], need_dR = needs[3], need_dweights = needs[4];
   const c10::DeviceGuard guard(g.device());
   const bool keep_x = need_dA || (need_dR && on_x);
-  Common c = common(g, keep_x ? *x : Tensor(), A, B, R, token_mask, scale, kind, on_x, p, seed);
+  Common c = common(g, keep_x ? x.value_or(Tensor()) : Tensor(), A, B, R, token_mask, scale, kind, on_x, p, seed);
   RoutedArgs& a = c.args;
   const auto type = g.scalar_type();
+  check_rows("g", g, g, B.size(1), type);
+  if (keep_x) check_rows("x", x.value_or(Tensor()), g, A.size(1), type);
+  check_rows("t", t, g, A.size(0), t.scalar_type());
+  if (kind != kStatic) check_rows("p", probabilities, g, B.size(0), probabilities.scalar_type());
+  if (kind != kToken) check_flat("w", w, a.segments * B.size(0), w.scalar_type(), g);
+  if (active) check_flat("active", *active, B.size(0), at::kBool, g);
   auto leading = g.sizes().vec();
   leading.back() = A.size(1);
   Tensor dx = need_dx ? at::empty(leading, g.options()) : none(g.options());

@@ -168,13 +168,12 @@ Bytes bytes_of_kernel(const std::string& symbol, const void* params, const simt:
 namespace simt {
 
 void launch(const Launch& l, void (*)(void*), void* closure, size_t) {
-  const void* kernel = *static_cast<void**>(closure);  // {kernel, params}, see simt.cuh
   Dl_info info;
-  if (!dladdr(kernel, &info) || !info.dli_sname) std::abort();
-  const void* params = static_cast<char*>(closure) + sizeof(void*);
+  if (!dladdr(l.kernel, &info) || !info.dli_sname) std::abort();
+  const void* params = static_cast<char*>(closure) + sizeof(void*);  // {kernel, params}, see simt.cuh
   const Bytes bytes = bytes_of_kernel(info.dli_sname, params, l);
-  const bool expands = in_flight[kernel].expand && !static_cast<const kernels::RowParams*>(params)->x;
-  const size_t streamed = expands ? in_flight[kernel].expand : in_flight[kernel].bytes;
+  const bool expands = in_flight[l.kernel].expand && !static_cast<const kernels::RowParams*>(params)->x;
+  const size_t streamed = expands ? in_flight[l.kernel].expand : in_flight[l.kernel].bytes;
   std::printf("%s\t%s\t%d\t%d\t%d\t%d\t%d\t%zu\t%zu\t%.0f\t%.0f\n", info.dli_sname, l.name, l.grid.x, l.grid.y,
               l.grid.z, l.threads, l.cluster, l.shared_bytes, streamed, bytes.once, bytes.again);
 }

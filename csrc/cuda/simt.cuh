@@ -372,6 +372,7 @@ inline int launch(void (*kernel)(Params), const Launch& l, void* stream, const P
   s.cluster = l.cluster;
   s.shared_bytes = l.shared_bytes;
   s.name = l.name;
+  s.kernel = reinterpret_cast<const void*>(kernel);
   simt::launch(
       s,
       [](void* p) {

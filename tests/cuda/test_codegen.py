@@ -107,7 +107,7 @@ def test_every_kernel_on_every_architecture(every_kernel, arch):
 @needs_tools
 @pytest.mark.slow
 def test_the_rows_of_the_table_are_sound_and_have_the_columns_of_triton(every_kernel):
-    rows = cuda_codegen.rows(codegen.configurations(), None, jobs=os.cpu_count() or 1)
+    rows = cuda_codegen.rows(every_kernel, codegen.configurations())
     assert {row["arch"] for row in rows} == set(cuda_codegen.ARCHITECTURES)
     for row in rows:
         assert set(codegen.COLUMNS) <= row.keys()
@@ -126,3 +126,61 @@ def test_a_plan_for_sm90_takes_one_cluster_launch_and_one_for_sm80_two_passes():
     one = config.T * config.d * 2
     (cluster, *_) = cuda_codegen.launches(config, "90a")
     assert 3.0 <= cluster.dram_bytes / one < 3.2  # g, x and dx once; factors and partials are a twentieth
+
+
+# ------------------------------------------------------------------------------------------------ what is compiled
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path, monkeypatch):
+    """A compiler that knows sm_80, sm_86 and sm_90, and "compiles" its command line."""
+    path = tmp_path / "nvcc"
+    path.write_text(
+        '#!/bin/sh\ncase "$1" in --list-gpu-code) printf "sm_80\\nsm_86\\nsm_90\\n" ;; --version) echo 1 ;;\n'
+        '*) while [ "$1" != -o ]; do shift; done; echo "object" > "$2" ;; esac\n'
+    )
+    path.chmod(0o755)
+    monkeypatch.setenv("LOWRANK_FAST_NVCC", str(path))
+    monkeypatch.delenv("LOWRANK_FAST_CUDA_ARCHS", raising=False)
+    return str(path)
+
+
+def test_the_default_architectures_are_those_that_the_compiler_knows(fake_nvcc):
+    assert cuda_build.architectures(fake_nvcc) == ["80", "86", "90a"]
+
+
+def test_architectures_can_be_chosen_and_unknown_ones_are_errors(fake_nvcc, monkeypatch):
+    monkeypatch.setenv("LOWRANK_FAST_CUDA_ARCHS", "90a, 80")
+    assert cuda_build.architectures(fake_nvcc) == ["80", "90a"]
+    for wrong in ("80;120", "sm_80", "80+PTX"):
+        monkeypatch.setenv("LOWRANK_FAST_CUDA_ARCHS", wrong)
+        with pytest.raises(
+            RuntimeError, match=r"LOWRANK_FAST_CUDA_ARCHS: .* does not compile for .*; it knows 80, 86, 90"
+        ):
+            cuda_build.architectures(fake_nvcc)
+
+
+def test_only_the_newest_architecture_carries_ptx(fake_nvcc, tmp_path, monkeypatch):
+    commands = []
+    real = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **kw: commands.append(command) or real(command, **kw))
+    cuda_build.compile_kernels(ROOT, tmp_path / "build", jobs=1)
+    ptx = [command for command in commands if "code=compute_90" in " ".join(command)]
+    assert len(ptx) == 1 and "arch=compute_90a,code=sm_90a" in ptx[0]
+    header = (tmp_path / "build" / "architectures.h").read_text()
+    assert "LOWRANK_TABLE(86, sm_86) LOWRANK_TABLE(90, sm_90a)" in header
+
+
+def test_objects_are_kept_until_sources_or_command_change(fake_nvcc, tmp_path, monkeypatch):
+    build = tmp_path / "build"
+    first = cuda_build.compile_kernels(ROOT, build, jobs=1)
+    first[0].write_text("kept")
+    assert cuda_build.compile_kernels(ROOT, build, jobs=1) == first and first[0].read_text() == "kept"
+    monkeypatch.setenv("LOWRANK_FAST_CUDA_ARCHS", "80")  # the newest now: with PTX
+    (other,) = cuda_build.compile_kernels(ROOT, build, jobs=1)
+    assert other != first[0] and not first[0].exists()
+
+
+def test_a_compiler_that_is_named_and_missing_is_not_replaced_by_another(monkeypatch):
+    monkeypatch.setenv("LOWRANK_FAST_NVCC", "/nonexistent/nvcc")
+    assert cuda_build.find_nvcc() is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 
 from lowrank_fast import _cuda, ops
+
+from ..support.process import run_python
 
 
 @pytest.fixture
@@ -81,3 +85,63 @@ def test_a_torch_without_cuda_is_named(monkeypatch):
 def test_importing_the_package_does_not_initialise_cuda():
     assert "lowrank_fast" in sys.modules
     assert not torch.cuda.is_initialized()
+
+
+INFO = "from lowrank_fast.cli import main; raise SystemExit(main(['info', '--json']))"
+BROKEN = """
+import sys
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "lowrank_fast._CUDA":
+            raise ImportError("undefined symbol: _ZN3c104cuda")
+sys.meta_path.insert(0, Broken())
+"""
+OTHER = """
+import sys, types
+sys.modules["lowrank_fast._CUDA"] = types.SimpleNamespace(torch_version="1.2.3+cu118", register=None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        (BROKEN, "the CUDA extension does not load with torch"),
+        (OTHER, "the CUDA extension was built against torch 1.2.3+cu118, and this is"),
+    ],
+    ids=["does not load", "of another torch"],
+)
+def test_a_mismatched_extension_leaves_the_package_working_and_info_says_what_to_do(before, said):
+    done = run_python(before + INFO, LOWRANK_FAST_BACKEND=None)
+    assert done.returncode == 0, done.stderr
+    reason = json.loads(done.stdout)["backends"]["cuda"]
+    assert said in reason and "reinstall lowrank_fast" in reason and "\n" not in reason
+    assert json.loads(done.stdout)["backends"]["reference"] is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_package_works_and_info_says_what_is_missing():
+    code = "import torch, lowrank_fast as f; r = torch.randn; f.residual_add(r(3, 8), r(3, 4), r(2, 4), r(8, 2))\n"
+    done = run_python(code + INFO, LOWRANK_FAST_BACKEND=None)
+    assert done.returncode == 0, done.stderr
+    reason = json.loads(done.stdout)["backends"]["cuda"]
+    assert "\n" not in reason
+    if _cuda.module() is None:
+        assert reason.startswith("the CUDA extension is not built; reinstall with nvcc")
+    elif torch.version.cuda is None:
+        assert reason.endswith("has no CUDA; install a CUDA build of torch")
+    else:
+        assert reason.startswith("torch sees no CUDA GPU; check the driver with nvidia-smi")
+
+
+def test_cudart_stays_inside_the_extension(extension):
+    """Whatever CUDA runtime torch has loaded, ours neither takes its functions nor offers its own."""
+    listing = subprocess.run(["nm", "-D", extension.__file__], capture_output=True, text=True, check=True).stdout
+    assert "PyInit__CUDA" in listing
+    assert not [line for line in listing.splitlines() if line.split()[-1].startswith(("cuda", "__cuda"))]
+    needed = subprocess.run(["readelf", "-d", extension.__file__], capture_output=True, text=True, check=True).stdout
+    assert "libcudart" not in needed
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch has no CUDA")
+def test_the_extension_finds_the_streams_of_torch(extension):
+    assert extension.finds_torch_cuda

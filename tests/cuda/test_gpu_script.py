@@ -1,4 +1,4 @@
-"""`make gpu` as far as a machine without a GPU can tell: each step runs whatever the others do, and says how it ended."""
+"""`make gpu` as far as a machine without a GPU can tell: each step runs, whatever the others do, and reports."""
 
 from __future__ import annotations
 

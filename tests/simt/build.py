@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -77,6 +78,22 @@ def build(
         _run([COMPILER, "-shared", "-o", f"{folder}/out.so", f"{folder}/entry.o", *map(str, objects), "-ldl"])
         os.replace(f"{folder}/out.so", target)
     return target
+
+
+def binding() -> Any:
+    """The Python module of `binding.cpp`: the torch bindings with the kernels in the harness."""
+    from torch.utils import cpp_extension
+
+    folder = CACHE / "binding"
+    folder.mkdir(parents=True, exist_ok=True)
+    return cpp_extension.load(
+        "lowrank_simt_binding",
+        [str(HERE / "binding.cpp")],
+        extra_include_paths=[str(HERE), str(CUDA)],
+        extra_cflags=["-O2", "-g0"],
+        extra_ldflags=[str(build())],
+        build_directory=str(folder),
+    )
 
 
 def _forget_old(stem: str, keep: int = 7) -> None:

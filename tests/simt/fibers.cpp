@@ -3,11 +3,13 @@
 // A collective is a rendezvous of its scope. The last thread to arrive computes for all of them from pointers to the
 // others' registers, then everybody is made ready again. Threads that meet at different lines, leave while others
 // wait, or wait for ever are findings (DIVERGENT, EXIT, DEADLOCK), each with the lines involved.
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <cmath>
 #include <cstring>
 #include <map>
+#include <set>
 
 #include "machine.h"
 
@@ -358,6 +360,8 @@ static void run_cluster() {
   }
 }
 
+std::set<const void*> kernels_run;
+
 void launch(const Launch& launch, void (*kernel)(void*), void* closure, size_t closure_bytes) {
   Machine& m = machine;
   if (m.aborted) return;  // an earlier launch of this operation was abandoned: its results do not exist
@@ -367,6 +371,7 @@ void launch(const Launch& launch, void (*kernel)(void*), void* closure, size_t c
   m.closure_bytes = closure_bytes;
   m.launch_number++;
   m.counters.launches++;
+  kernels_run.insert(launch.kernel);
   if (launch.threads % kWarpSize || launch.threads > 1024 || launch.shared_bytes > kSharedLimit ||
       launch.grid.x % launch.cluster || launch.grid.y > 65535 || launch.grid.z > 65535) {
     report("LAUNCH",
@@ -392,3 +397,13 @@ void launch(const Launch& launch, void (*kernel)(void*), void* closure, size_t c
 }
 
 }  // namespace simt
+
+// The mangled names of all kernels that this process has launched, one a line.
+extern "C" const char* simt_kernels_run() {
+  static std::string text;
+  text.clear();
+  Dl_info info;
+  for (const void* kernel : simt::kernels_run)
+    if (kernel && dladdr(kernel, &info) && info.dli_sname) text += std::string(info.dli_sname) + "\n";
+  return text.c_str();
+}

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_fast.cuda_codegen import demangled
 from lowrank_fast.reference import dropout_threshold
 
 from . import build
@@ -95,7 +98,7 @@ class Simt:
         clusters: bool = False,
     ) -> None:
         self.library = ctypes.CDLL(str(library or build.build()))
-        self.library.simt_findings.restype = ctypes.c_char_p
+        self.library.simt_findings.restype = self.library.simt_kernels_run.restype = ctypes.c_char_p
         for name in ("forward", "backward", "routed_forward", "routed_backward"):
             function = getattr(self.library, f"lowrank_{name}", None)
             if function is not None:
@@ -105,6 +108,18 @@ class Simt:
         self.counters: dict[str, int] = {}
         self.traffic: dict[str, tuple[int, int]] = {}  # bytes read and written per declared buffer
         self._buffers: list[tuple[str, Tensor, bool, bool]] = []
+
+    def kernels_run(self) -> set[str]:
+        """The names of all kernels that this process has run, such as `row_kernel<Bf16, 16, 64>`."""
+        return set(demangled(self.library.simt_kernels_run().decode().split()))
+
+    def kernels(self) -> set[str]:
+        """The names of all kernels in the library: those that nvcc compiles too."""
+        done = subprocess.run(["nm", "--defined-only", self.library._name], capture_output=True, text=True, check=True)
+        symbols = [line.split()[-1] for line in done.stdout.splitlines()]
+        return set(
+            demangled([symbol for symbol in symbols if re.match(r"_ZN7lowrank9simt_host\d+\w+_kernelI", symbol)])
+        )
 
     # -------------------------------------------------------------------------------------------- buffers
 

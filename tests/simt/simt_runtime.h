@@ -28,6 +28,7 @@ struct Launch {
   int cluster = 1;          // blocks per cluster, along x
   size_t shared_bytes = 0;  // dynamic shared memory per block
   const char* name = "";
+  const void* kernel = nullptr;  // its address, for the list of kernels that have run
 };
 
 // Runs `kernel(closure)` once per thread. `closure` [closure_bytes] is readable by every thread.

@@ -148,3 +148,21 @@ def test_in_place_writes_the_stream_and_nothing_beside_it(dtype, tokens, d_out, 
     Simt().residual_add_(y, x, A, B, 0.1, 0.0, None, False)
     assert torch.equal(y, out_of_place)
     assert torch.equal(buffer[:, d_out:], before[:, d_out:])
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_every_kernel_that_ships_runs_and_is_accurate(simt, dtype):
+    """All template instances of the library, each within the accuracy rule and without a finding."""
+    for rank in (16, 30, 60, 100):  # one per template rank
+        small, large = (ResidualAdd((tokens,), 72, 136, rank, dtype, dtype, needs=ALL) for tokens in (5, 260))
+        small.assert_solved_by("simt")  # the forms for few rows and for many
+        large.assert_solved_by("simt")
+        simt.clusters = True
+        small.assert_solved_by("simt")
+        simt.clusters = False
+    for routing in ("batch", "token"):
+        needs = frozenset({"y", "x", "A", "B", "R"})
+        Routed((2, 9), 72, 40, 4, dtype, dtype, needs=needs, experts=3, routing=routing).assert_solved_by("simt")
+    element = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "F16"}[dtype]
+    shipped = {name for name in simt.kernels() if f"<{element}" in name}
+    assert len(shipped) >= 20 and shipped <= simt.kernels_run(), shipped - simt.kernels_run()
