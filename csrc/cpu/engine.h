@@ -39,18 +39,33 @@ void pieces(const PanelSource& source, int64_t begin, int64_t end, const F& f) {
 inline void shrink_few(const Kernels& table, const Rows& x, const PanelSource& P, int64_t k, const Dropout& drop,
                        int64_t begin, int64_t end, float* t) {
   const int64_t tk = pad_rank(k), cols = x.matrix.cols;
-  if (P.direct() || (tk <= kRankBlock && end - begin <= kRowBlock)) {
+  if (P.direct() || (tk <= kRankBlock && end - begin <= table.most_rows)) {
     pieces(P, 0, cols, [&](Panel panel, int64_t from, int64_t to) {
-      blocks(begin, end, kRowBlock, [&](int64_t row, int64_t rows) {
+      blocks(begin, end, table.most_rows, [&](int64_t row, int64_t rows) {
         table.shrink(x.from(row), rows, panel, tk, t + (row - begin) * tk, drop, row, from, to);
       });
     });
     return;
   }
   const Panel panel = P.pack(workspace(Slot::thread, P.floats(cols)), 0, cols);
-  blocks(begin, end, kRowBlock, [&](int64_t row, int64_t rows) {
+  blocks(begin, end, table.most_rows, [&](int64_t row, int64_t rows) {
     table.shrink(x.from(row), rows, panel, tk, t + (row - begin) * tk, drop, row, 0, cols);
   });
+}
+
+// Rows of a block. Few, so that its streams stay in the second-level cache from fetch to use; many where the panels do
+// not stay there beside them, so that they are read less often. Sums are written too, so they want more rows to a
+// visit.
+inline int64_t medium_rows(const Kernels& table) { return std::min<int64_t>(32, table.most_rows); }
+
+inline int64_t forward_rows(const Kernels& table, int64_t panel_floats, int64_t ranks) {
+  if (panel_floats < 128 * 1024) return table.light_rows;
+  return ranks <= kRankBlock / 2 ? table.most_rows : medium_rows(table);
+}
+
+inline int64_t backward_rows(const Kernels& table, int64_t panel_and_sum_floats, int64_t ranks) {
+  if (panel_and_sum_floats >= 256 * 1024 && ranks <= kRankBlock / 2) return table.most_rows;
+  return ranks <= 16 ? table.light_rows : medium_rows(table);
 }
 
 template <class Middle>
@@ -68,7 +83,7 @@ void forward_few(const Kernels& table, int64_t threads, int64_t count, const Shr
                 row_equivalents = count + 16;  // packing a column costs about 16 rows of it
   split(thread_count(row_equivalents * zk * cols, cols / 64), cols, 64, [&](int64_t, int64_t begin, int64_t end) {
     pieces(second->Q, begin, end, [&](Panel panel, int64_t from, int64_t to) {
-      blocks(0, count, kRowBlock, [&](int64_t row, int64_t rows) {
+      blocks(0, count, table.most_rows, [&](int64_t row, int64_t rows) {
         Matrix y;
         if (second->y) y = second->y->from(row);
         table.expand(second->y ? &y : nullptr, second->out.from(row), rows, z + row * zk, panel, zk, from, to,
@@ -89,13 +104,14 @@ void forward(int64_t count, const Shrink* first, const Expand* second, const Mid
   if (count <= kFewRows) return forward_few(table, threads, count, first, second, middle);
 
   const int64_t p_floats = first ? first->P.floats(x_cols) : 0, q_floats = second ? second->Q.floats(y_cols) : 0;
+  const int64_t block = forward_rows(table, x_cols * tk + y_cols * zk, std::max(tk, zk));
   split(threads, count, 8, [&](int64_t, int64_t begin, int64_t end) {
     // every thread packs for itself: a panel is small beside the rows, and a second parallel region is not cheap
-    float* memory = workspace(Slot::thread, kRowBlock * (tk + zk) + p_floats + q_floats);
-    float *t = memory, *z = t + kRowBlock * tk, *p_memory = z + kRowBlock * zk;
+    float* memory = workspace(Slot::thread, block * (tk + zk) + p_floats + q_floats);
+    float *t = memory, *z = t + block * tk, *p_memory = z + block * zk;
     const Panel P = first ? first->P.pack(p_memory, 0, x_cols) : Panel{};
     const Panel Q = second ? second->Q.pack(p_memory + p_floats, 0, y_cols) : Panel{};
-    blocks(begin, end, table.light_rows, [&](int64_t row, int64_t rows) {
+    blocks(begin, end, block, [&](int64_t row, int64_t rows) {
       if (first) table.shrink(first->x.from(row), rows, P, tk, t, first->drop, row, 0, x_cols);
       middle(row, rows, first ? t : nullptr, second ? z : nullptr);
       if (!second) return;
@@ -139,7 +155,7 @@ inline void outer_few(const Kernels& table, const Rows& x, int64_t count, const 
   for (; begin < end; begin += kPackColumns) {
     const int64_t stop = std::min(begin + kPackColumns, end);
     if (count == 0) std::fill_n(memory, pad_rank(k) * ld, 0.0f);
-    blocks(0, count, kRowBlock, [&](int64_t row, int64_t rows) {
+    blocks(0, count, table.most_rows, [&](int64_t row, int64_t rows) {
       table.outer(x.from(row), rows, z + row * pad_rank(k), pad_rank(k), memory - begin, ld, row > 0, begin, stop, drop,
                   row);
     });
@@ -170,7 +186,7 @@ void backward_few(const Kernels& table, int64_t threads, int64_t count, const Sh
           end = std::min(end, x_cols);
           if (second->dx)
             pieces(second->P, begin, end, [&](Panel panel, int64_t from, int64_t to) {
-              blocks(0, count, kRowBlock, [&](int64_t row, int64_t rows) {
+              blocks(0, count, table.most_rows, [&](int64_t row, int64_t rows) {
                 table.expand(nullptr, second->dx->from(row), rows, u + row * uk, panel, uk, from, to, second->drop,
                              row);
               });
@@ -201,10 +217,10 @@ void backward(int64_t count, const ShrinkOuter* first, const ExpandOuter* second
   const int64_t p_floats = second && second->dx ? second->P.floats(x_cols) : 0;
   float* sums = workspace(Slot::shared, threads * (dq_floats + dp_floats));
 
-  const int64_t block = std::max(zk, uk) <= 16 ? table.light_rows : kRowBlock;  // many sums want many rows per visit
+  const int64_t block = backward_rows(table, g_cols * (vk + zk) + 2 * x_cols * uk, std::max({vk, zk, uk}));
   split(threads, count, 8, [&](int64_t thread, int64_t begin, int64_t end) {
-    float* memory = workspace(Slot::thread, kRowBlock * (zk + vk + uk) + q_floats + p_floats);
-    float *z = memory, *v = z + kRowBlock * zk, *u = v + kRowBlock * vk, *q_memory = u + kRowBlock * uk;
+    float* memory = workspace(Slot::thread, block * (zk + vk + uk) + q_floats + p_floats);
+    float *z = memory, *v = z + block * zk, *u = v + block * vk, *q_memory = u + block * uk;
     float *dq = sums + thread * dq_floats, *dp = sums + threads * dq_floats + thread * dp_floats;
     const Panel Q = q_floats ? first->Q->pack(q_memory, 0, g_cols) : Panel{};
     const Panel P = p_floats ? second->P.pack(q_memory + q_floats, 0, x_cols) : Panel{};

@@ -33,6 +33,7 @@
 
 namespace {
 
+constexpr int kTileRows = 32;      // rows of a block: two tiles
 constexpr int64_t kColumns = 256;  // columns of one product: its float32 result, 32 KB, stays in the first-level cache
 constexpr int64_t kRanks = 64;     // ranks of one shrink product
 constexpr int64_t kSumRanks = int64_t{kRankBlock} * kMaxLanes;  // ranks whose sums `Scratch::lanes` holds
@@ -51,8 +52,8 @@ struct Buffers {   // of one thread, in Scratch::rows
 
 static Buffers buffers() {
   float* rows = scratch().rows;
-  Words* words = reinterpret_cast<Words*>(rows + kRowBlock * kColumns);
-  return {rows, words, words + kRowBlock * kColumns / 2};
+  Words* words = reinterpret_cast<Words*>(rows + kTileRows * kColumns);
+  return {rows, words, words + kTileRows * kColumns / 2};
 }
 
 // ---------------------------------------------------------------------------------------------- panels
@@ -106,9 +107,9 @@ static Panel pack_twice(const Factor* stack, int64_t count, int64_t begin, int64
 
 // ---------------------------------------------------------------------------------------------- activations
 
-struct Chunk {  // up to kColumns columns of up to kRowBlock rows
+struct Chunk {  // up to kColumns columns of up to kTileRows rows
   int64_t rows, begin, columns;
-  __mmask32 keep[kRowBlock][kColumns / 32];  // the elements that exist and that dropout keeps
+  __mmask32 keep[kTileRows][kColumns / 32];  // the elements that exist and that dropout keeps
   int64_t width() const { return round_up(columns, 32); }
 };
 
@@ -142,12 +143,12 @@ static void copy_rows(const Matrix& x, const Chunk& c, Words* out) {
                           row < c.rows ? elements(x, c, row, d) : _mm512_setzero_si512());
 }
 
-// Rows 2 i and 2 i + 1 as the halves of words: [kRowBlock / 2][kColumns].
+// Rows 2 i and 2 i + 1 as the halves of words: [kTileRows / 2][kColumns].
 static void pair_rows(const Matrix& x, const Chunk& c, Words* out) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  for (int64_t row = 0; row < kRowBlock; row += 2)
+  for (int64_t row = 0; row < kTileRows; row += 2)
     for (int64_t d = 0; d < c.width(); d += 32) {
       const __m512i zero = _mm512_setzero_si512();
       const __m512i a = row < c.rows ? elements(x, c, row, d) : zero;
@@ -174,19 +175,19 @@ static void split_z(const float* z, int64_t rows, int64_t k, float scale, float*
   std::memset(words + count, 0, (padded_rows(rows) - rows) * k * sizeof(float));
 }
 
-// scale * z^T in bfloat16, zeros behind its rows: [k][2][kRowBlock], hi and then lo as in split_z.
+// scale * z^T in bfloat16, zeros behind its rows: [k][2][kTileRows], hi and then lo as in split_z.
 static void transpose_z(const float* z, int64_t rows, int64_t k, float scale, uint16_t* out) {
   for (int64_t rank = 0; rank < k; rank += kLanes)
-    for (int64_t row = 0; row < kRowBlock; row += kLanes) {
+    for (int64_t row = 0; row < kTileRows; row += kLanes) {
       V v[kLanes];
       for (int i = 0; i < kLanes; ++i)
         v[i] = row + i < rows ? load1_tail<F32>(z + (row + i) * k + rank, k - rank) * scale : V{};
       transpose(v);
       for (int i = 0; i < kLanes && rank + i < k; ++i) {
-        uint16_t* to = out + (rank + i) * 2 * kRowBlock + row;
+        uint16_t* to = out + (rank + i) * 2 * kTileRows + row;
         const V hi = (V)high_half(v[i]);
         BF16::store1(to, hi);
-        BF16::store1(to + kRowBlock, low_part(v[i], hi));
+        BF16::store1(to + kTileRows, low_part(v[i], hi));
       }
     }
 }
@@ -259,16 +260,16 @@ static void outer_chunk(const Matrix& x, const Chunk& c, const uint16_t* z, int6
                         bool accumulate) {
   Words* pairs = buffers().pairs;
   pair_rows(x, c, pairs);
-  brgemm(k, c.width(), kRowBlock, 2 * kRowBlock, kColumns, ld, accumulate, z, pairs, acc + c.begin);
-  brgemm(k, c.width(), kRowBlock, 2 * kRowBlock, kColumns, ld, true, z + kRowBlock, pairs, acc + c.begin);
+  brgemm(k, c.width(), kTileRows, 2 * kTileRows, kColumns, ld, accumulate, z, pairs, acc + c.begin);
+  brgemm(k, c.width(), kTileRows, 2 * kTileRows, kColumns, ld, true, z + kTileRows, pairs, acc + c.begin);
 }
 
 static void expand_outer_columns(const Matrix* y, const Matrix* out, const Matrix* x, int64_t rows, const float* z,
                                  Panel P, int64_t k, float* acc, int64_t ld, bool accumulate, int64_t from, int64_t to,
                                  const Dropout& drop, int64_t first_row) {
   const TileGuard guard;
-  float* halves = grouped_scratch(2 * kRowBlock * k);
-  uint16_t* transposed = reinterpret_cast<uint16_t*>(halves + kRowBlock * k);
+  float* halves = grouped_scratch(2 * kTileRows * k);
+  uint16_t* transposed = reinterpret_cast<uint16_t*>(halves + kTileRows * k);
   if (out) split_z(z, rows, k, keep_scale(drop), halves);
   if (acc) transpose_z(z, rows, k, keep_scale(drop), transposed);
   for (int64_t begin = from; begin < to; begin += kColumns) {
@@ -305,7 +306,7 @@ static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, floa
   }
   const TileGuard guard;
   float* sums = scratch().lanes;
-  uint16_t* transposed = reinterpret_cast<uint16_t*>(grouped_scratch(kRowBlock * z_k));
+  uint16_t* transposed = reinterpret_cast<uint16_t*>(grouped_scratch(kTileRows * z_k));
   transpose_z(z, rows, z_k, 1.0f, transposed);
   for (int64_t begin = 0; begin < g.cols; begin += kColumns) {
     const Chunk c = chunk_of(rows, begin, g.cols - begin < kColumns ? g.cols - begin : kColumns, none, 0);
@@ -321,8 +322,8 @@ constexpr PanelFormat kPairs = {pairs_floats, pack_pairs, false}, kTwice = {pane
 
 namespace lowrank {
 extern const Kernels kernels_amx;
-const Kernels kernels_amx = {kUnit,  kRowBlock, kPairs,       kTwice,       panel_ld, unpack<F32>, shrink,
-                             expand, outer,     shrink_outer, expand_outer, softmax,  nullptr};
+const Kernels kernels_amx = {kUnit,  kTileRows, kTileRows, kPairs,       kTwice,       panel_ld, unpack<F32>,
+                             shrink, expand,    outer,     shrink_outer, expand_outer, softmax,  nullptr};
 }  // namespace lowrank
 
 #if defined(__clang__)

@@ -46,12 +46,12 @@ struct Dropout {  // Philox key and stream as in reference.dropout_mask; p = 0: 
 };
 
 constexpr int64_t pad_rank(int64_t k) { return (k + 3) / 4 * 4; }
-constexpr int kRowBlock = 32;    // rows that every kernel below takes at most per call
+constexpr int kRowBlock = 64;    // rows that a kernel below takes at most per call
 constexpr int kRankBlock = 64;   // ranks whose partial sums a kernel keeps at once
 constexpr int kMaxLanes = 16;    // floats in the widest register
 constexpr int kMaxChunk = 1024;  // columns that a kernel walks at most between two looks at the panel
 
-struct Scratch {  // one per thread; 260 KB, so that it stays in the second-level cache
+struct Scratch {  // one per thread; what a call touches of it stays in the second-level cache
   alignas(64) float lanes[kRowBlock * kRankBlock * kMaxLanes];
   alignas(64) float rows[kRowBlock * kMaxChunk];
   alignas(64) float multipliers[kMaxChunk];
@@ -68,7 +68,7 @@ struct PanelFormat {
 
 struct Kernels {
   int64_t unit;                            // columns that one step of a kernel covers
-  int64_t light_rows;                      // rows per block where no long sums are kept: its streams stay in the caches
+  int64_t light_rows, most_rows;           // rows of a block: for short panels, and the most that a kernel takes
   PanelFormat shrink_panel, expand_panel;  // of the P that `shrink` and `expand` (and their pairs) take
   int64_t (*sums_ld)(int64_t d);           // the distance between the ranks of `acc`
 

@@ -405,8 +405,8 @@ static void multiply_add(int64_t count) {
 template <class D>
 constexpr Kernels table() {
   constexpr PanelFormat panel = {panel_floats, pack<D>, !D::even_odd};
-  return {kUnit,     kLightRows, panel,           panel,           panel_ld, unpack<D>,   shrink<D>,
-          expand<D>, outer<D>,   shrink_outer<D>, expand_outer<D>, softmax,  multiply_add};
+  return {kUnit,     kLightRows, kRowBlock, panel,           panel,           panel_ld, unpack<D>,
+          shrink<D>, expand<D>,  outer<D>,  shrink_outer<D>, expand_outer<D>, softmax,  multiply_add};
 }
 
 }  // namespace

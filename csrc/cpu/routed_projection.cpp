@@ -119,7 +119,7 @@ class Router {
     } else if (s_.router_on_x) {
       const int64_t padded = pad_rank(E);
       std::vector<float> logits(rows * padded);
-      blocks(0, rows, kRowBlock, [&](int64_t i, int64_t n) {
+      blocks(0, rows, table_.most_rows, [&](int64_t i, int64_t n) {
         table_.shrink(x_->from(row + i), n, panel_, padded, logits.data() + i * padded, {}, row + i, 0, s_.d_in);
       });
       for (int64_t i = 0; i < rows; ++i) std::copy_n(logits.data() + i * padded, E, p + i * E);
@@ -405,8 +405,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_projection_backward(
               " weights; got ", w_tensor.sizes());
   check_hidden("t", t_tensor, g_tensor, s.k);
   if (!s.fixed) check_hidden("p", p_tensor, g_tensor, s.experts);
-  TORCH_CHECK(!active.has_value() || (active->scalar_type() == at::kBool && active->sizes() == at::IntArrayRef({s.experts})),
-              "lowrank_fast: active must be bool [", s.experts, "]");
+  TORCH_CHECK(
+      !active.has_value() || (active->scalar_type() == at::kBool && active->sizes() == at::IntArrayRef({s.experts})),
+      "lowrank_fast: active must be bool [", s.experts, "]");
 
   Tensor dx_tensor = needs.dx ? activations(g_tensor, s.d_in) : empty_result(g_tensor);
   Tensor dA = needs.dA ? at::empty_like(A) : empty_result(A), dB = needs.dB ? at::empty_like(B) : empty_result(B);

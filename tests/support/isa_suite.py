@@ -26,6 +26,7 @@ SHAPES = [
     ((33,), 771, 1029, 8),
     ((7,), 96, 64, 64),
     ((300,), 132, 130, 32),
+    ((331,), 2180, 4100, 32),  # panels too large for the caches: other blocks of rows
 ]
 
 
