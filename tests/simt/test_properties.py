@@ -27,13 +27,18 @@ def _backward(simt: Simt, tokens: int, d: int, rank: int) -> tuple[Tensor, ...]:
     return simt.residual_add_backward(g, x, t, A, B, 0.5, 0.0, None, True, True, True)
 
 
-def _routed(simt: Simt, routing: str, tokens: int = 21, d: int = 136, rank: int = 4, experts: int = 3) -> None:
+def _routed(
+    simt: Simt, routing: str, tokens: int = 21, d: int = 136, rank: int = 4, experts: int = 3
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Forward and backward over two samples; the passes over the activations that each took."""
     y, x, g = (_random(2, tokens, d, seed=s) for s in (1, 2, 6))
     A, B = _random(rank, d, seed=3) / d**0.5, _random(experts, d, rank, seed=4)
     R = _random(experts, rank, seed=7)
     _, t, p, w = simt.routed_projection(y, x, A, B, R, None, None, 0.7, routing, "t", 0.0, None)
+    forward = _passes(simt, "x y out", 2 * tokens, d)
     needs = [True, True, True, True, False]
     simt.routed_projection_backward(g, x, t, p, w, A, B, R, None, None, 0.7, routing, "t", 0.0, None, needs)
+    return forward, _passes(simt, "g x dx", 2 * tokens, d)
 
 
 def _passes(simt: Simt, names: str, tokens: int, d: int) -> dict[str, float]:
@@ -68,6 +73,14 @@ def test_sm80_backward_takes_at_most_four_passes(rank, reads_of_g):
     assert passes == {"g": reads_of_g, "x": 1.0, "dx": 1.0}
     slices = d / 256 if rank <= 32 else 0  # partial u, fp32: written and read once per column slice
     assert sum(passes.values()) + slices * 2 * 4 * rank / (2 * d) <= 4.0
+
+
+@pytest.mark.parametrize(("routing", "rank"), [("batch", 16), ("sample", 16), ("token", 8), ("token", 16)])
+def test_routed_projection_takes_three_passes_forward_and_at_most_four_backward(routing, rank):
+    forward, backward = _routed(Simt(), routing, tokens=64, d=512, rank=rank)
+    assert forward == {"x": 1.0, "y": 1.0, "out": 1.0}
+    fused = rank * (3 if routing == "token" else 1) <= 32  # g is read once where u and the sums of dB share its tiles
+    assert backward == {"g": 1.0 if fused else 2.0, "x": 1.0, "dx": 1.0}
 
 
 @pytest.mark.parametrize("clusters", [False, True])
