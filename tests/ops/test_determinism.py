@@ -79,7 +79,7 @@ WIDTHS = [(70, 53, 3), (256, 384, 8), (256, 384, 16), (771, 130, 33), (2180, 410
 @dtypes
 def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it(kernel_backend, dtype, op, d_in, d_out, rank):
     if interpreted(kernel_backend) and d_in > 1000:
-        pytest.skip("the interpreter takes minutes for this width, which is there for the C++ kernels' choice of blocks")
+        pytest.skip("too wide for the interpreter; there for the blocks that the C++ kernels choose")
     problem = Routed((299,), d_in, d_out, rank, dtype, dtype, experts=4, router_input="x")
     device = device_of(kernel_backend)
     inputs, g = problem.tensors(device)
