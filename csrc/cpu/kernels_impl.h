@@ -24,6 +24,7 @@ constexpr int64_t kChunkBytes = 64 * 1024;
 constexpr int64_t kLightRows = 16;
 constexpr int kShrinkRanks = kLanes == 16 ? 4 : 2;  // 16 or 8 accumulators of the 32 or 16 registers
 constexpr bool kSplitUnit = kLanes == 4;  // four lanes make long chains of sums: two per rank keep their error down
+constexpr int64_t kChain = 128;           // ranks that expand adds up in one go
 constexpr int kExpandRows = kLanes == 16 ? 8 : 4;
 constexpr int kOuterRanks = kLanes == 16 ? 8 : 4;
 
@@ -182,7 +183,9 @@ LOWRANK_INLINE void prefetch_rows(const T* p, int64_t stride) {
   }
 }
 
-template <class D, int R>
+// kLong: more than kChain ranks (the experts of token routing), added up kChain at a time: one sum over all of them
+// would have twice the error of the experts' own sums.
+template <class D, int R, bool kLong>
 LOWRANK_INLINE void expand_rows(const typename D::T* y, int64_t y_stride, typename D::T* out, int64_t out_stride,
                                 const float* z, const float* P, int64_t ld, int64_t k, int64_t columns) {
   auto step = [&](int64_t d, auto load_unit, auto store_unit) __attribute__((always_inline)) {
@@ -193,8 +196,18 @@ LOWRANK_INLINE void expand_rows(const typename D::T* y, int64_t y_stride, typena
       if (y && y != out) prefetch_rows<R>(y + R * y_stride + d, y_stride);
       prefetch_rows<R>(out + R * out_stride + d, out_stride);
     }
+    V earlier_a[R], earlier_b[R];
+    if constexpr (kLong)
+      for (int i = 0; i < R; ++i) earlier_a[i] = earlier_b[i] = V{};
     const float* p = P + d;
     for (int64_t rank = 0; rank < k; ++rank, p += ld) {
+      if constexpr (kLong)
+        if (rank % kChain == 0)
+          for (int i = 0; i < R; ++i) {
+            earlier_a[i] += a[i];
+            earlier_b[i] += b[i];
+            a[i] = b[i] = V{};
+          }
       V pa = load(p), pb = load(p + kLanes);
       LOWRANK_IN_REGISTER(pa);
       LOWRANK_IN_REGISTER(pb);
@@ -205,6 +218,11 @@ LOWRANK_INLINE void expand_rows(const typename D::T* y, int64_t y_stride, typena
         b[i] += w * pb;
       }
     }
+    if constexpr (kLong)
+      for (int i = 0; i < R; ++i) {
+        a[i] += earlier_a[i];
+        b[i] += earlier_b[i];
+      }
     const typename D::T* from = y + d;  // walked, not indexed: sixteen row pointers would push vectors out of registers
     typename D::T* to = out + d;
 #pragma GCC unroll 8
@@ -241,18 +259,27 @@ static void group_rows(const float* z, int64_t rows, int64_t k, float* grouped) 
   }
 }
 
-template <class D>
-static void expand_chunk(const typename D::T* y, int64_t y_stride, typename D::T* out, int64_t out_stride, int64_t rows,
-                         const float* grouped, const float* P, int64_t ld, int64_t k, int64_t columns) {
+template <class D, bool kLong>
+static void expand_groups(const typename D::T* y, int64_t y_stride, typename D::T* out, int64_t out_stride,
+                          int64_t rows, const float* grouped, const float* P, int64_t ld, int64_t k, int64_t columns) {
   int64_t row = 0;
   auto at = [&](int64_t r) { return y ? y + r * y_stride : nullptr; };
   for (; row + kExpandRows <= rows; row += kExpandRows)
-    expand_rows<D, kExpandRows>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, ld, k,
-                                columns);
+    expand_rows<D, kExpandRows, kLong>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, ld,
+                                       k, columns);
   for (; row + 2 <= rows; row += 2)
-    expand_rows<D, 2>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, ld, k, columns);
+    expand_rows<D, 2, kLong>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, ld, k,
+                             columns);
   for (; row < rows; ++row)
-    expand_rows<D, 1>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, ld, k, columns);
+    expand_rows<D, 1, kLong>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, ld, k,
+                             columns);
+}
+
+template <class D>
+static void expand_chunk(const typename D::T* y, int64_t y_stride, typename D::T* out, int64_t out_stride, int64_t rows,
+                         const float* grouped, const float* P, int64_t ld, int64_t k, int64_t columns) {
+  const auto run = k > kChain ? expand_groups<D, true> : expand_groups<D, false>;
+  run(y, y_stride, out, out_stride, rows, grouped, P, ld, k, columns);
 }
 
 // out = (z P) * multipliers: the gradient through dropout
