@@ -262,7 +262,11 @@ def run(args: argparse.Namespace) -> int:
     kernels, texts, sound = [], [], True
     if "triton" in possible:
         architectures = [name for name in args.arch or ARCHITECTURES if name in ARCHITECTURES]
-        kernels += compile_all(configs, architectures, args.jobs, progress)
+        try:
+            kernels += compile_all(configs, architectures, args.jobs, progress)
+        except RuntimeError as error:
+            print(f"lowrank-fast codegen: {error}", file=sys.stderr)
+            return 1
         texts.append(table(kernels, configs, architectures))
         sound = not any(faults(row) for row in kernels)
     if "cuda" in possible:

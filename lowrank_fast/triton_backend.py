@@ -359,14 +359,9 @@ def residual_add_backward(
         )
         return dx, dA, dB
     need_u = need_dx or need_dA
-    by_rows = need_u and (not need_dB or state.wide())
-    if by_rows:
-        state.u = state._floats(state.T, state.rank)
-        plan().shrink(state.op, state.g, B.mT, state.u, scale, None, 0)
-    else:
-        state.up(emit_u=need_u, need_dB=need_dB)
+    state.up(emit_u=need_u, need_dB=need_dB)
     if need_u:
-        state.down(dx, need_dA, with_dB=by_rows and need_dB)
+        state.down(dx, need_dA)
     state.reduce(dA=dA if need_dA else None, dB=dB if need_dB else None)
     return dx, dA, dB
 
@@ -466,14 +461,12 @@ def routed_projection_backward(
         if token_mask is not None and not token:
             keep = token_mask.reshape(state.groups, -1)
             state.token_mask, state.counts = keep.contiguous().view(torch.uint8), keep.sum(1, dtype=torch.float32)
-    if token and (need_u or need_dR):
-        plan_backward().token_hidden(state)
-        state.down(dx, need_dA, need_dR=need_dR, with_dB=need_dB)
-    else:
-        state.up(emit_u=need_u, need_dB=need_dB, need_dw=need_dweights or (learned and not token))
-        if state.wide():
-            state.sum_u()
-        state.down(dx, need_dA, need_dR=need_dR)
+    by_rows = token and (need_u or need_dR)
+    if by_rows or need_u or need_dB or need_dweights or learned:
+        state.up(emit_u=need_u or by_rows, need_dB=need_dB, need_dw=need_dweights or (learned and not token))
+    if not token and state.wide():
+        state.sum_u()
+    state.down(dx, need_dA, need_dR=need_dR)
     state.reduce(
         dA=dA if need_dA else None, dB=dB if need_dB else None, dR=dR if need_dR else None,
         dweights=dweights if need_dweights else None,

@@ -1,19 +1,18 @@
-"""Backward of both operations: `g -> u, dB` in one pass over `g`, `u -> dx, dA` in one pass over `x` and `dx`.
+"""Backward of both operations: `g -> u, dB` in one launch over `g`, `u -> dx, dA` in one pass over `x` and `dx`.
 
-Every program owns a tile of columns and a run of rows, with its tile of the factor loaded once and its tile of the
-gradient in registers; streams are read once, nothing is added atomically. Two kernels:
+Streams are read once, a program's tile of the gradient stays in registers, nothing is added atomically. Two kernels:
 
-* up: reads `g [T, d_out]`. Writes `u = s g B` as one partial per column tile (`[tiles, T, r]`, `4 r / BN` of a pass)
-  and `s g^T t` as one partial per run of rows (`[runs, r, d_out]`). For a mixed bank `B = sum_e w_e B_e` the second is
-  the shared `G` of all experts, and `dw_e = <G, B_e>` is taken from it before it leaves the registers.
-* down: reads `x [T, d_in]`, adds the partials of `u` in order, adds the router's gradient to it
-  (`dlogits = p (dp - <p, dp>)`), writes `dx = u A` and the partials of `dA = u^T x`.
+* up: reads `g [T, d_out]`. Column programs own a tile of columns and a run of rows, and leave `s g^T t` as one partial
+  per run (`[runs, r, d_out]`). For a mixed bank `B = sum_e w_e B_e` that is the shared `G` of all experts, and
+  `dw_e = <G, B_e>` is taken from it before it leaves the registers. `u = s g B` comes in one of two ways:
+  as one partial per column tile (`[tiles, T, r]`, `4 r / BN` of a pass), or, where those would cost a pass (a rank of
+  64, many tiles, token routing), from row programs of the same launch, which own whole rows of the same run: a run is
+  at most 8 MB of `g`, row and column programs of a run start together, and the second of them finds it in L2.
+* down: a tile of columns and a run of rows of `x` and `dx`. Adds the partials of `u` in order, adds the router's
+  gradient to it (`dlogits = p (dp - <p, dp>)`), writes `dx = u A` and the partials of `dA = u^T x`.
 
-`reduce.py` adds the partials. Together: read `g`, read `x`, write `dx`: 3 passes plus partials that live in L2.
-
-From a rank of 64 on, and for token routing (rank `E r`), partials of `u` would cost a pass: there `u` comes from a row
-kernel (`shrink.py`, or `token_hidden_kernel` below), and one launch runs both bodies side by side: 4 passes. A mixed
-bank of that rank keeps the partials and adds them in a launch of their own (`sum_parts_kernel`): 4 launches.
+`reduce.py` adds the partials. Together: read `g`, read `x`, write `dx`: 3 passes plus partials that live in L2. A mixed
+bank of rank 64 or more keeps the partials of `u` and adds them in a launch of their own (`sum_parts_kernel`).
 
 Inactive experts (`active`, read on the device) are left out: a token-routed program numbers the active experts and owns
 the columns of those alone.
@@ -26,6 +25,7 @@ import triton.language as tl
 
 from .common import keep_mask, load_factor, load_rows, product
 from .expand import bank_slots_transposed, hidden_rows, mean_weights, mixed_factor
+from .shrink import shrink_rows
 
 # ------------------------------------------------------------------------------------------------ up: g -> u, dB
 
@@ -114,50 +114,79 @@ def up_gradient(
                 tl.store(dw_parts + (run * tiles + tile) * E + e, tl.sum(tl.sum(acc * one, 1), 0))
 
 
-@triton.jit(do_not_specialize=["T", "group_rows", "rows_per_split"])
+@triton.jit
+def hidden_by_rows(
+    g, B, u_out, rows, end, N, sg, segment, scale,
+    SB_N: tl.constexpr, SB_R: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """`u = s g B` of whole rows."""
+    rank = tl.arange(0, RP)
+    u, _ = shrink_rows(
+        g, B, None, None, rows, end, N, sg, 0, tl.cdiv(N, BK), segment, 0,
+        SB_R, SB_N, 0, 0, RANK, RP, 1, 1, False, False, BM, BK, STAGES,
+    )  # fmt: skip
+    mask = (rows < end)[:, None] & (rank < RANK)[None, :]
+    tl.store(u_out + rows[:, None] * RANK + rank[None, :], u * tl.cast(scale, tl.float32), mask=mask)
+
+
+@triton.jit
+def token_hidden_by_rows(
+    g, t, B, p, u_out, dw_out, rows, end, T, N, sg, sb_e, first_expert, scale,
+    SB_N: tl.constexpr, SB_R: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, HELD: tl.constexpr,
+    HP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Token routing, whole rows: `dz = s g B_cat [BM, HELD r]` stays in registers and leaves as `dt = sum_e w_e dz_e
+    [T, r]` and `dw_e = <dz_e, t> [T, E]`. A bank too wide for that comes in groups of `HELD` experts, one launch and
+    one part each."""
+    held = tl.arange(0, HP)
+    rank = tl.arange(0, RP)
+    slots = first_expert + tl.arange(0, HP * RP) // RP
+    dz = tl.zeros([BM, HP * RP], tl.float32)
+    for tile in tl.range(0, tl.cdiv(N, BK), num_stages=STAGES):
+        cols = tile * BK + tl.arange(0, BK)
+        g_tile = load_rows(g, rows, cols, sg, end, N)  # [BM, BK]
+        factor = bank_slots_transposed(B, slots, cols, N, sb_e, SB_N, SB_R, RANK, RP, E, HP * RP)  # [BK, HP RP]
+        dz = product(g_tile, factor.to(g_tile.dtype), dz)
+    dz = tl.reshape(dz * tl.cast(scale, tl.float32), [BM, HP, RP])
+    inside = (rows < end)[:, None]
+    chosen = first_expert + held
+    valid = inside & ((chosen < E) & (held < HELD))[None, :]
+    weight = tl.load(p + rows[:, None] * E + chosen[None, :], mask=valid, other=0.0)  # [BM, HP]
+    hidden = hidden_rows(t, rows, end, T, RANK, RP, 1, BM)  # [BM, RP]
+    tl.store(dw_out + rows[:, None] * E + chosen[None, :], tl.sum(dz * hidden[:, None, :], 2), mask=valid)
+    dt = tl.sum(dz * weight[:, :, None], 1)
+    tl.store(u_out + rows[:, None] * RANK + rank[None, :], dt, mask=inside & (rank < RANK)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "group_rows", "rows_per_split", "up_tiles", "segment", "first_expert"])
 def up_kernel(
-    g, t, B, p, w, active, u_parts, b_parts, dw_parts,
-    T, N, sg, sb_e, group_rows, rows_per_split, scale,
+    g, t, B, p, w, active, u_out, b_parts, dw_out,
+    T, N, sg, sb_e, group_rows, rows_per_split, up_tiles, segment, first_expert, scale,
     SB_N: tl.constexpr, SB_R: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     MIX: tl.constexpr, HAS_ACTIVE: tl.constexpr, EMIT_U: tl.constexpr, NEED_DB: tl.constexpr, NEED_DW: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
+    BY_ROWS: tl.constexpr, HELD: tl.constexpr, HP: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    up_gradient(
-        g, t, B, p, w, active, u_parts, b_parts, dw_parts,
-        tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(0), tl.num_programs(1),
-        T, N, sg, sb_e, group_rows, rows_per_split, scale,
-        SB_N, SB_R, RANK, RP, E, EP, MIX, HAS_ACTIVE, EMIT_U, NEED_DB, NEED_DW, BM, BN, SLOTS, STAGES,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["T", "first_expert"])
-def token_hidden_kernel(
-    g, t, B, p, dt_out, dw_out, T, N, sg, sb_e, first_expert, scale,
-    SB_N: tl.constexpr, SB_R: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    EXPERTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Token routing, by rows: `dz = s g B_cat [BM, E r]` stays in registers and leaves as `dt = sum_e w_e dz_e [T, r]`
-    and `dw_e = <dz_e, t> [T, E]`. A bank too wide for that comes in groups of experts, one launch and one part each."""
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    experts = tl.arange(0, EP)
-    rank = tl.arange(0, RP)
-    slots = first_expert + tl.arange(0, EP * RP) // RP
-    dz = tl.zeros([BM, EP * RP], tl.float32)
-    for begin in tl.range(0, N, BN, num_stages=STAGES):
-        cols = begin + tl.arange(0, BN)
-        g_tile = load_rows(g, rows, cols, sg, T, N)  # [BM, BN]
-        factor = bank_slots_transposed(B, slots, cols, N, sb_e, SB_N, SB_R, RANK, RP, EXPERTS, EP * RP)  # [BN, EP RP]
-        dz = product(g_tile, factor.to(g_tile.dtype), dz)
-    dz = tl.reshape(dz * tl.cast(scale, tl.float32), [BM, EP, RP])
-    inside = (rows < T)[:, None]
-    chosen = first_expert + experts
-    valid = inside & ((chosen < EXPERTS) & (experts < E))[None, :]
-    weight = tl.load(p + rows[:, None] * EXPERTS + chosen[None, :], mask=valid, other=0.0)  # [BM, EP]
-    hidden = hidden_rows(t, rows, T, T, RANK, RP, 1, BM)  # [BM, RP]
-    dw = tl.sum(dz * hidden[:, None, :], 2)
-    tl.store(dw_out + rows[:, None] * EXPERTS + chosen[None, :], dw, mask=valid)
-    dt = tl.sum(dz * weight[:, :, None], 1)
-    tl.store(dt_out + rows[:, None] * RANK + rank[None, :], dt, mask=inside & (rank < RANK)[None, :])
+    """Columns `0 .. up_tiles` own tiles of columns; with `BY_ROWS`, the others own the blocks of rows of the run."""
+    column, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if BY_ROWS and column >= up_tiles:
+        first = (split * rows_per_split).to(tl.int64)
+        end = tl.minimum(first + rows_per_split, T)
+        rows = first + (column - up_tiles) * BM + tl.arange(0, BM)
+        if MIX == "token":
+            token_hidden_by_rows(
+                g, t, B, p, u_out, dw_out, rows, end, T, N, sg, sb_e, first_expert, scale,
+                SB_N, SB_R, RANK, RP, E, HELD, HP, BM, BK, STAGES,
+            )  # fmt: skip
+        else:
+            hidden_by_rows(g, B, u_out, rows, end, N, sg, segment, scale, SB_N, SB_R, RANK, RP, BM, BK, STAGES)
+    elif EMIT_U or NEED_DB or NEED_DW:
+        up_gradient(
+            g, t, B, p, w, active, u_out, b_parts, dw_out,
+            column, split, group, up_tiles, tl.num_programs(1), T, N, sg, sb_e, group_rows, rows_per_split, scale,
+            SB_N, SB_R, RANK, RP, E, EP, MIX, HAS_ACTIVE, EMIT_U, NEED_DB, NEED_DW, BM, BN, SLOTS, STAGES,
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ down: u -> dx, dA
@@ -316,31 +345,23 @@ def router_gradient(
     tl.store(r_parts + (run * E + experts)[:, None] * RANK + rank[None, :], acc * unit, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "group_rows", "rows_per_split", "dw_count", "threshold", "up_tiles", "down_tiles"])
+@triton.jit(do_not_specialize=["T", "group_rows", "rows_per_split", "dw_count", "threshold", "down_tiles"])
 def down_kernel(
     x, u_parts, A, R, p, t, dw_rows, dw_parts, token_mask, counts, seed, dx, a_parts, r_parts,
-    g, B, active, b_parts,
-    T, D, N, sx, sg, sb_e, group_rows, rows_per_split, dw_count, up_tiles, down_tiles, keep_scale, scale, threshold,
-    SA_R: tl.constexpr, SA_D: tl.constexpr, SR_E: tl.constexpr, SR_D: tl.constexpr, SB_N: tl.constexpr, SB_R:
-    tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, PARTS: tl.constexpr,
-    ROUTED: tl.constexpr, ROUTER: tl.constexpr, MIX: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
-    HAS_ACTIVE: tl.constexpr, NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, NEED_DR: tl.constexpr, WITH_UP:
-    tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    T, D, sx, group_rows, rows_per_split, dw_count, down_tiles, keep_scale, threshold,
+    SA_R: tl.constexpr, SA_D: tl.constexpr, SR_E: tl.constexpr, SR_D: tl.constexpr,
+    RANK: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, PARTS: tl.constexpr,
+    ROUTED: tl.constexpr, ROUTER: tl.constexpr, HAS_MASK: tl.constexpr, DROPOUT: tl.constexpr,
+    NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, NEED_DR: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Columns `0 .. up_tiles` run the up body (`WITH_UP`: `dB` alone, for `u` that came from a row kernel), the next
-    `down_tiles` the down body, and one more the gradient of a router on `t`."""
+    """Columns `0 .. down_tiles` run the body above, and one more the gradient of a router on `t`."""
     column, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(1)
-    if WITH_UP and column < up_tiles:
-        up_gradient(
-            g, t, B, p, None, active, None, b_parts, None, column, split, group, up_tiles, splits,
-            T, N, sg, sb_e, group_rows, rows_per_split, scale,
-            SB_N, SB_R, RANK, RP, E, EP, MIX, HAS_ACTIVE, False, True, False, BM, BD, SLOTS, STAGES,
-        )  # fmt: skip
-    elif column < up_tiles + down_tiles:
+    if column < down_tiles:
         down_gradient(
             x, u_parts, A, R, p, dw_rows, dw_parts, token_mask, counts, seed, dx, a_parts, r_parts,
-            column - up_tiles, split, group, splits, T, D, sx, group_rows, rows_per_split, dw_count, keep_scale,
+            column, split, group, splits, T, D, sx, group_rows, rows_per_split, dw_count, keep_scale,
             threshold, SA_R, SA_D, SR_E, SR_D, RANK, RP, E, EP, PARTS, ROUTED, ROUTER, HAS_MASK, DROPOUT, NEED_DX,
             NEED_DA, NEED_DR, BM, BD, CHUNK, STAGES,
         )  # fmt: skip

@@ -13,8 +13,14 @@ import triton.language as tl
 
 @triton.jit
 def product(a, b, acc):
-    """`acc + a @ b`, summed in float32; float32 operands are multiplied as IEEE float32, never as TF32."""
-    return tl.dot(a, b, acc, input_precision="ieee")
+    """`acc + a @ b`, summed in float32.
+
+    Float32 operands keep their 24 bits on matrix instructions: each is the sum of three bfloat16 values, six of the
+    nine products are summed smallest first (the other three are below 2^-26), and the sum is added to `acc`
+    outside the matrix instruction, whose own additions truncate. TF32 would keep 11 bits, IEEE products have no matrix
+    instruction on NVIDIA.
+    """
+    return tl.dot(a, b, acc, input_precision="bf16x6")
 
 
 @triton.jit

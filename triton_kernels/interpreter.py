@@ -1,15 +1,20 @@
-"""Triton's interpreter, made right and made to count.
+"""Triton's interpreter, made to compute what a matrix instruction does, and to count.
 
-`repair()`: the interpreter keeps bfloat16 as raw 16-bit integers and multiplies those (3.6 to 3.9 at least; the
-maintainers closed a fix as not supported). The repaired `dot` widens both operands to float32 first, exactly what a
-matrix instruction with float32 accumulation computes. Its conversion from float32 to bfloat16 cuts the lower bits off;
-repaired, it rounds to nearest even as a GPU does.
+`repair()` replaces two operations:
+
+* `dot`. The interpreter keeps bfloat16 as raw 16-bit integers and multiplies those (3.6 to 3.9 at least; the
+  maintainers closed a fix as not supported), and it knows nothing of how a matrix instruction adds. Repaired, products
+  are exact, 16 of them are added to the accumulator at a time, and each sum is truncated to float32: the coarsest that
+  NVIDIA's have been found to do (Fasi, Higham, Mikaitis, Pranesh 2021). Float32 operands go through six products of
+  bfloat16 terms, in the order in which Triton's `bf16x6` lowers them, added to the accumulator outside.
+* the conversion from float32 to bfloat16, which cuts the lower bits off; repaired, it rounds to nearest even.
 
 `Traffic` counts the bytes that loads and stores touch, launch by launch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,35 +24,74 @@ import triton.language as tl
 from triton.runtime import interpreter as _interpreter
 
 _builder = _interpreter.InterpreterBuilder
-_original_dot = _builder.create_dot
 _original_cast = _builder.cast_impl
+PRODUCTS = 16  # of one matrix instruction
 
 
-def _widen(handle: Any) -> Any:
-    if handle.dtype.scalar != tl.bfloat16:
-        return handle
-    data = (handle.data.astype(np.uint32) << 16).view(np.float32)
-    return _interpreter.TensorHandle(data, tl.float32)
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The bits of float32 `values`, rounded to bfloat16; a NaN keeps its sign and stays one."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16).reshape(np.shape(values))
+
+
+def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _terms(values: np.ndarray) -> list[np.ndarray]:
+    """Three bfloat16 values, largest first, whose sum is `values`."""
+    found = []
+    for _ in range(3):
+        found.append(_from_bfloat16(_to_bfloat16(values)))
+        values = values - found[-1]
+    return found
+
+
+_LOW_BITS = np.uint64((1 << 29) - 1)  # of float64's mantissa, what float32's lacks
+
+
+def _truncated(values: np.ndarray) -> np.ndarray:
+    """Float64 values cut off to float32's precision, towards zero."""
+    return (values.view(np.uint64) & ~_LOW_BITS).view(np.float64)
+
+
+def matrix_product(a: np.ndarray, b: np.ndarray, acc: np.ndarray) -> np.ndarray:
+    """`acc + a @ b` of exact products in float32, as matrix instructions add them up."""
+    a, b, acc = a.astype(np.float64), b.astype(np.float64), acc.astype(np.float64)
+    for first in range(0, a.shape[-1], PRODUCTS):
+        acc = _truncated(acc + a[..., first : first + PRODUCTS] @ b[..., first : first + PRODUCTS, :])
+    return acc.astype(np.float32)
+
+
+def float32_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """`a @ b` of float32 values by `bf16x6`."""
+    (a0, a1, a2), (b0, b1, b2) = _terms(a), _terms(b)
+    small = a1 @ b1 + a2 @ b0 + a0 @ b2 + a1 @ b0 + a0 @ b1  # how these round is below the result's precision
+    return matrix_product(a0, b0, np.where(np.isnan(small), np.float32(0.0), small))
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, *settings: Any) -> Any:
-    return _original_dot(self, _widen(a), _widen(b), d, *settings)
+    if a.dtype.scalar == tl.float32:
+        return _interpreter.TensorHandle(d.data + float32_product(a.data, b.data), tl.float32)
+    left, right = (_from_bfloat16(one.data) if one.dtype.scalar == tl.bfloat16 else one.data for one in (a, b))
+    return _interpreter.TensorHandle(matrix_product(left, right, d.data), tl.float32)
 
 
 def _cast(self: Any, handle: Any, to: Any) -> Any:
     if handle.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
         return _original_cast(self, handle, to)
-    bits = np.ascontiguousarray(handle.data, dtype=np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    quiet = (bits >> 16) | 0x40  # a NaN keeps its sign and stays one
-    data = np.where(np.isnan(handle.data), quiet, rounded).astype(np.uint16)
-    return _interpreter.TensorHandle(data.reshape(np.shape(handle.data)), tl.bfloat16)
+    return _interpreter.TensorHandle(_to_bfloat16(handle.data), tl.bfloat16)
 
 
 def repair() -> None:
-    """Make the interpreter multiply bfloat16 values and round to them; harmless when done twice."""
+    """Make the interpreter multiply and round as a GPU does; harmless when done twice."""
     _builder.create_dot = _dot
     _builder.cast_impl = _cast
+    builder = _interpreter.interpreter_builder
+    allowed = builder.options.allowed_dot_input_precisions
+    if "bf16x6" not in allowed:
+        builder.options = dataclasses.replace(builder.options, allowed_dot_input_precisions=(*allowed, "bf16x6"))
 
 
 class Traffic:

@@ -28,8 +28,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Per multiprocessor (compute unit): shared memory, of which 1 KB per CTA is taken by the system, registers,
-# threads, CTAs.
+# Per multiprocessor (compute unit): shared memory, of which NVIDIA's system takes 1 KB per CTA, registers, threads,
+# CTAs.
 LIMITS = {
     "sm_80": (164 << 10, 65536, 2048, 32),
     "sm_90": (228 << 10, 65536, 2048, 32),
@@ -112,9 +112,11 @@ def _streams(ttgir: str) -> tuple[int, int]:
 def _nvidia(kernel: Any) -> dict[str, Any]:
     usage = _tool("cuobjdump", kernel.asm["cubin"], "-res-usage")
     sass = _tool("nvdisasm", kernel.asm["cubin"], "-c")
-    operations: Counter[str] = Counter(
-        re.findall(r"^\s+(?:/\*\w+\*/)?\s*(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_]+)", sass, re.MULTILINE)
+    # Without Blackwell's allocation of tensor memory: bits of a shared-memory word, set and cleared.
+    code = re.findall(
+        r"^\s+(?:/\*\w+\*/)?\s*(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_]+)\b(?!\.(?:OR|AND) )", sass, re.MULTILINE
     )
+    operations: Counter[str] = Counter(code)
 
     def total(*names: str) -> int:
         return sum(count for name, count in operations.items() if name in names)
@@ -156,13 +158,14 @@ def inspect(launch: Launch, architecture: str) -> dict[str, Any]:
     per_cta = launch.warps * TARGETS[architecture].warp_size
     by_registers = registers // (-(-max(facts["registers"], 1) // 8) * 8 * per_cta)
     narrowest, synchronous = _streams(kernel.asm["ttgir"])
+    reserved = 0 if architecture == "gfx942" else 1 << 10
     facts.update(
         shared_bytes=shared,
-        ctas_per_sm=max(0, min(memory // (shared + 1024), by_registers, threads // per_cta, most)),
+        ctas_per_sm=max(0, min(memory // max(shared + reserved, 1), by_registers, threads // per_cta, most)),
         load_bytes=narrowest,
         synchronous_streams=synchronous,
         dots=len(
-            re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma|tt\.dot_scaled)\b", kernel.asm["ttgir"])
+            re.findall(r"\b(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma|tt\.dot_scaled) ", kernel.asm["ttgir"])
         ),
     )
     return facts

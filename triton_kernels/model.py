@@ -1,8 +1,8 @@
 """Bytes and modelled seconds of a launch, by formula. A model, not a measurement; nothing here ran on a GPU.
 
 * `dram_bytes`: every argument read or written once, partials included although most of them stay in L2.
-* `l2_bytes`: those bytes plus every re-read of a factor by each row block, and of the partials of `u` by each
-  column tile.
+* `l2_bytes`: those bytes plus every re-read of a factor by each row block, of the partials of `u` by each column
+  tile, and of `g` by row and column programs of one launch.
 * `model_seconds = max(dram_bytes / B, l2_bytes / 2B)`: `B` the copy bandwidth of the architecture's best-known part, L2
   taken to deliver twice that; `strict_seconds = l2_bytes / B` charges re-reads as if they missed L2.
 """
@@ -59,13 +59,20 @@ def l2_bytes(launch: Launch) -> int:
     if launch.name == "residual_add_kernel":
         again = (blocks * launch.grid[1] - 1) * _bytes(named["A"]) + (blocks - 1) * _bytes(named["B"])
         again += (launch.grid[1] - 1) * _bytes(named["x"])
-    elif launch.name in ("shrink_kernel", "token_hidden_kernel"):
-        again = (blocks - 1) * sum(_bytes(named.get(name)) for name in ("A", "B", "R"))
-    elif launch.name in ("expand_kernel", "up_kernel", "down_kernel"):
+    elif launch.name == "up_kernel":
+        columns = named["up_tiles"]
+        by_rows = (blocks - columns) * launch.grid[1]  # programs that own rows: they read g beside the columns' reads
+        again = max(columns - 1, 0) * _bytes(named["t"]) + max(by_rows - 1, 0) * _bytes(named["B"])
+        again += _bytes(named["g"]) if by_rows and columns else 0
+        if named["EMIT_U"] or named["NEED_DW"]:
+            again += (launch.grid[1] * launch.grid[2] - 1) * _bytes(named["B"])
+    elif launch.name == "shrink_kernel":
+        again = (blocks - 1) * sum(_bytes(named.get(name)) for name in ("A", "R"))
+    elif launch.name == "residual_add_norm_kernel":
+        again = (blocks - 1) * (_bytes(named["A"]) + _bytes(named["B"])) + _bytes(named["out"])
+    elif launch.name in ("expand_kernel", "down_kernel"):
         factors = sum(_bytes(named.get(name)) for name in ("A", "B", "R"))
         hidden = sum(_bytes(named.get(name)) for name in ("t", "u_parts", "p", "dw_rows"))
-        if launch.name == "up_kernel":
-            hidden = _bytes(named["t"])
         again = (launch.grid[1] * launch.grid[2] - 1) * factors + (blocks - 1) * hidden
     return dram_bytes(launch) + again
 
@@ -83,7 +90,7 @@ def bytes_in_flight(launch: Launch, architecture: str, ctas_per_sm: int) -> int:
     stream = next((named[name] for name in ("g", "x", "y") if isinstance(named.get(name), torch.Tensor)), None)
     if stream is None or "BM" not in named:
         return 0
-    width = min(named[name] for name in ("BK", "BN", "BD") if name in named)
+    width = min(named[name] for name in ("BK", "BN", "BD") if named.get(name))
     programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
     resident = min(ctas_per_sm, -(-programs // PROCESSORS[architecture]))
     return resident * (launch.stages - 1) * named["BM"] * width * stream.element_size()

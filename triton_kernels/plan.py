@@ -94,7 +94,8 @@ def fused(
     """`out = [y +] scale_out * (scale_t * x A^T) B^T` on `[T, .]` tensors; `drop`: "input", "output" or "none"."""
     arch = place(op, x, A, y, B, out, seed)
     (T, D), N, rank = x.shape, out.shape[1], A.shape[0]
-    tile = pick("residual_add", arch, x, padded(rank), T)
+    # Philox takes registers: with dropout, never the tallest tile.
+    tile = pick("residual_add", arch, x, padded(rank), T if drop == "none" else min(T, 4096))
     blocks, tiles = cdiv(T, tile.rows), cdiv(N, tile.cols)
     splits = min(max(table.PROCESSORS[arch] // blocks, 1), tiles)
     per_split = cdiv(tiles, splits)

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from . import launch, plan, table
-from .backward import down_kernel, token_hidden_kernel, up_kernel
+from .backward import down_kernel, up_kernel
 from .reduce import reduce_kernel, sum_parts_kernel
 
 # From this padded rank on, and from this many partials on, adding the partials of u in every column tile of dx (in
-# flight in shared memory, 2 KB each at r = 16) costs more than a second pass over g.
+# flight in shared memory, 2 KB each at r = 16) costs more than row programs that read g a second time, from L2.
 WIDE, MOST_PARTS = 64, 8
+# Bytes of g in one run that row and column programs share: at r = 64 and d_out = 4096, the programs that an H100
+# holds at once belong to six runs, 36 MB of its 50 MB of L2, and those of an A100 to three, 18 MB of 40.
+SHARED_RUN = 6 << 20
 
 
 class Backward:
@@ -53,39 +56,66 @@ class Backward:
         return min(plan.padded_experts(self.experts), max(1, widest)) if self.mix == "token" else 1
 
     def up(self, *, emit_u: bool, need_dB: bool, need_dw: bool = False) -> None:
-        """One pass over `g`: partials of `u`, of `dB` (or the shared `G`) and of `dw`."""
+        """One pass over `g`: `u` or partials of it, partials of `dB` (or the shared `G`) and of `dw`."""
+        token = self.mix == "token"
+        by_rows = emit_u and (token or (self.mix == "none" and (not need_dB or self.wide())))
+        if not by_rows:
+            self._up(emit_u, need_dB, need_dw)
+            return
+        width = max(1, table.WIDEST // plan.padded(self.rank)) if token else 1
+        firsts = range(0, self.experts if token else 1, width)
+        self.u, self.parts = self._floats(len(firsts), self.T, self.rank), len(firsts)
+        if token:
+            self.dw = self._floats(self.T, self.experts)
+        for part, first in enumerate(firsts):
+            held = min(width, self.experts - first) if token else 1
+            self._up(False, need_dB and part == 0, False, self.u[part], first, held)
+
+    def _up(
+        self, emit_u: bool, need_dB: bool, need_dw: bool, u: Tensor | None = None, first: int = 0, held: int = 1
+    ) -> None:
+        """One launch; with `u`, row programs write it, for `held` experts from `first` on."""
         arch = plan.place(self.op, self.g, self.B, self.t, self.p, self.w, self.active)
         assert self.B is not None
-        (T, N), rank, slots = self.g.shape, self.rank, self._slots()
-        width = slots * plan.padded(rank)
-        tile = plan.pick("up", arch, self.g, width, T)
-        columns = plan.cdiv(N, tile.cols)
-        expert_groups = plan.cdiv(self.experts, slots) if self.mix == "token" else 1
-        per_run, self.runs = plan.runs(T // self.groups, tile, columns * expert_groups, self.groups, rank, arch)
-        if emit_u:
-            self.u, self.parts = self._floats(columns, T, rank), columns
+        (T, N), rank, slots, token = self.g.shape, self.rank, self._slots(), self.mix == "token"
+        by_rows = u is not None
+        width = plan.padded(rank) * max(slots if need_dB else 1, plan.padded_experts(held) if by_rows else 1)
+        tile = plan.pick("up_rows" if by_rows else "up", arch, self.g, width, T)
+        tiles = plan.cdiv(N, tile.cols) * (plan.cdiv(self.experts, slots) if token else 1)
+        columns = tiles if emit_u or need_dB or need_dw else 0
+        per_run, runs = plan.runs(T // self.groups, tile, tiles, self.groups, rank, arch)
+        blocks = 0
+        if by_rows:
+            shared = max(SHARED_RUN // (N * self.g.element_size()), 12 * rank) // tile.rows * tile.rows
+            per_run = min(per_run, shared) if need_dB else tile.rows
+            runs, blocks = plan.cdiv(T, per_run), per_run // tile.rows
         if need_dB:
+            self.runs = runs
             self._allocate_dB()
+        if emit_u:
+            self.u, self.parts = self._floats(tiles, T, rank), tiles
+            u = self.u
         if need_dw:
-            self.dw_count = self.runs * columns
+            self.runs, self.dw_count = runs, runs * tiles
             self.dw = self._floats(self.groups * self.dw_count, self.experts)
-        bank = self.B.dim() == 3
         launch.run(
             launch.Launch(
                 "up_kernel",
                 up_kernel,
-                (columns * expert_groups, self.runs, self.groups),
+                (columns + blocks, runs, self.groups),
                 (
-                    self.g, self.t if need_dB or need_dw else None, self.B, self.p if self.mix == "token" else None,
-                    self.w if self.mix == "weights" else None, self.active, self.u if emit_u else None,
-                    self.b_parts, self.dw,
-                    T, N, self.g.stride(0), self.B.stride(0) if bank else 0, T // self.groups, per_run,
-                    float(self.scale),
+                    self.g, self.t if need_dB or need_dw or token else None, self.B, self.p if token else None,
+                    self.w if self.mix == "weights" else None, self.active if need_dB else None, u,
+                    self.b_parts if need_dB else None, self.dw,
+                    T, N, self.g.stride(0), self.B.stride(0) if self.B.dim() == 3 else 0, T // self.groups, per_run,
+                    columns, plan.segment(N, tile)[0] if by_rows else 1, first, float(self.scale),
                 ),
                 dict(
                     SB_N=self.B.stride(-2), SB_R=self.B.stride(-1), RANK=rank, RP=plan.padded(rank), E=self.experts,
-                    EP=plan.padded(self.experts), MIX=self.mix, HAS_ACTIVE=self.active is not None, EMIT_U=emit_u,
-                    NEED_DB=need_dB, NEED_DW=need_dw, BM=tile.rows, BN=tile.cols, SLOTS=slots, STAGES=tile.stages,
+                    EP=plan.padded(self.experts), MIX=self.mix, HAS_ACTIVE=self.active is not None and need_dB,
+                    EMIT_U=emit_u, NEED_DB=need_dB, NEED_DW=need_dw, BY_ROWS=by_rows, HELD=held,
+                    HP=plan.padded_experts(held), BM=tile.rows, BK=tile.inner, BN=tile.cols, SLOTS=slots,
+                    STAGES=tile.stages,
                 ),
                 tile.warps,
                 tile.stages,
@@ -122,59 +152,47 @@ class Backward:
         experts = self.experts if self.mix == "token" else 1
         self.b_parts = self._floats(self.groups * self.runs, experts * self.rank, self.g.shape[1])
 
-    def down(self, dx: Tensor | None, need_dA: bool, *, need_dR: bool = False, with_dB: bool = False) -> None:
-        """One pass over `x` and `dx`: `dx`, partials of `dA` and `dR`; `with_dB` adds the pass over `g` for `dB`."""
+    def down(self, dx: Tensor | None, need_dA: bool, *, need_dR: bool = False) -> None:
+        """One pass over `x` and `dx`: `dx`, partials of `dA` and `dR`."""
         arch = plan.place(self.op, self.g, self.x, self.A, self.R, self.u, self.p, self.seed)
         if dx is not None and dx.numel() == 0:
             dx = None
         need_dx = dx is not None
-        if not (need_dx or need_dA or need_dR or with_dB):
+        if not (need_dx or need_dA or need_dR):
             return
         assert self.A is not None
         T, D, rank = self.T, self.A.shape[1], self.rank
-        N = self.g.shape[1] if with_dB else 0
-        slots = self._slots() if with_dB else 1
-        width = plan.padded(rank) * slots + (plan.padded(self.experts) if self.router == "x" else 0)
+        width = plan.padded(rank) + (plan.padded(self.experts) if self.router == "x" else 0)
         sample = dx if dx is not None else self.g if self.x is None else self.x
         tile = plan.pick("down", arch, sample, width, T)
         down_tiles = plan.cdiv(D, tile.cols) if need_dx or need_dA or (need_dR and self.router == "x") else 0
-        up_tiles = plan.cdiv(N, tile.cols) * (plan.cdiv(self.experts, slots) if self.mix == "token" else 1)
         extra = int(need_dR and self.router == "t")
-        columns = up_tiles + down_tiles + extra
-        per_run, self.down_runs = plan.runs(T // self.groups, tile, columns, self.groups, rank, arch)
+        per_run, self.down_runs = plan.runs(T // self.groups, tile, down_tiles + extra, self.groups, rank, arch)
         runs = self.groups * self.down_runs
         if need_dA:
             self.a_parts = self._floats(runs, rank, D)
         if need_dR:
             self.r_parts = self._floats(runs, self.experts, rank if self.router == "t" else D)
-        if with_dB:
-            self.runs = self.down_runs
-            self._allocate_dB()
-        B, R = self.B if with_dB else None, self.R
-        token = self.routed == "token"
+        R, token = self.R, self.routed == "token"
         launch.run(
             launch.Launch(
                 "down_kernel",
                 down_kernel,
-                (columns, self.down_runs, self.groups),
+                (down_tiles + extra, self.down_runs, self.groups),
                 (
                     self.x if need_dA or (need_dR and self.router == "x") else None, self.u, self.A, R, self.p,
-                    self.t if with_dB or extra else None, self.dw if token else None, None if token else self.dw,
+                    self.t if extra else None, self.dw if token else None, None if token else self.dw,
                     self.token_mask, self.counts, self.seed, sample, self.a_parts, self.r_parts,
-                    self.g if with_dB else None, B, self.active, self.b_parts,
-                    T, D, N, 0 if self.x is None else self.x.stride(0), self.g.stride(0) if with_dB else 0,
-                    B.stride(0) if B is not None and B.dim() == 3 else 0, T // self.groups, per_run, self.dw_count,
-                    up_tiles, down_tiles, self.keep_scale, float(self.scale), self.threshold,
+                    T, D, 0 if self.x is None else self.x.stride(0), T // self.groups, per_run, self.dw_count,
+                    down_tiles, self.keep_scale, self.threshold,
                 ),
                 dict(
                     SA_R=self.A.stride(0), SA_D=self.A.stride(1), SR_E=0 if R is None else R.stride(0),
-                    SR_D=0 if R is None else R.stride(1), SB_N=0 if B is None else B.stride(-2),
-                    SB_R=0 if B is None else B.stride(-1), RANK=rank, RP=plan.padded(rank), E=self.experts,
+                    SR_D=0 if R is None else R.stride(1), RANK=rank, RP=plan.padded(rank), E=self.experts,
                     EP=plan.padded(self.experts), PARTS=self.parts, ROUTED=self.routed, ROUTER=self.router,
-                    MIX=self.mix,
                     HAS_MASK=self.token_mask is not None, DROPOUT=self.seed is not None,
-                    HAS_ACTIVE=self.active is not None, NEED_DX=need_dx, NEED_DA=need_dA, NEED_DR=need_dR,
-                    WITH_UP=with_dB, BM=tile.rows, BD=tile.cols, SLOTS=slots, CHUNK=16, STAGES=tile.stages,
+                    NEED_DX=need_dx, NEED_DA=need_dA, NEED_DR=need_dR,
+                    BM=tile.rows, BD=tile.cols, CHUNK=16, STAGES=tile.stages,
                 ),
                 tile.warps,
                 tile.stages,
@@ -219,38 +237,6 @@ class Backward:
                     EP=plan.padded(self.experts), MIX=self.mix, HAS_ACTIVE=self.active is not None,
                     ONE_GROUP=self.groups == 1, NEED_DA=dA is not None,
                     NEED_DB=dB is not None, NEED_DR=dR is not None, NEED_DWEIGHTS=dweights is not None, BC=tile.cols,
-                ),
-                tile.warps,
-                tile.stages,
-            )
-        )  # fmt: skip
-
-
-def token_hidden(state: Backward) -> None:
-    """The row kernel of token routing: `u = dt [chunks, T, r]` and `dw [T, E]`, from one pass over `g` per chunk of
-    experts."""
-    arch = plan.place(state.op, state.g, state.B, state.p, state.t)
-    assert state.B is not None
-    (T, N), rank, experts = state.g.shape, state.rank, state.experts
-    width = max(1, table.WIDEST // plan.padded(rank))
-    state.parts = plan.cdiv(experts, width)
-    state.u, state.dw = state._floats(state.parts, T, rank), state._floats(T, experts)
-    for part, first in enumerate(range(0, experts, width)):
-        chunk = min(width, experts - first)
-        held = plan.padded_experts(chunk)
-        tile = plan.pick("token_hidden", arch, state.g, held * plan.padded(rank), T)
-        launch.run(
-            launch.Launch(
-                "token_hidden_kernel",
-                token_hidden_kernel,
-                (plan.cdiv(T, tile.rows), 1, 1),
-                (
-                    state.g, state.t, state.B, state.p, state.u[part], state.dw, T, N, state.g.stride(0),
-                    state.B.stride(0), first, float(state.scale),
-                ),
-                dict(
-                    SB_N=state.B.stride(-2), SB_R=state.B.stride(-1), RANK=rank, RP=plan.padded(rank), E=chunk, EP=held,
-                    EXPERTS=experts, BM=tile.rows, BN=tile.cols, STAGES=tile.stages,
                 ),
                 tile.warps,
                 tile.stages,

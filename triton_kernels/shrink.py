@@ -44,9 +44,9 @@ def shrink_rows(
             x_tile = tl.where(keep_mask(seed, rows, tile * BK, threshold, BM, BK), x_tile, 0.0)
         a_tile = load_factor_transposed(A, rank, cols, SA_R, SA_D, RANK, D).to(x_tile.dtype)  # [BK, RP]
         run = product(x_tile, a_tile, run)
-        ends = (tile + 1) % segment == 0
-        total = tl.where(ends, total + run, total)
-        run = tl.where(ends, 0.0, run)
+        if (tile + 1) % segment == 0:
+            total += run
+            run = tl.zeros([BM, RP], tl.float32)
     return total + run, logits
 
 

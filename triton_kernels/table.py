@@ -47,9 +47,9 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (64, 128, Tile(16, 128, 64, 4, 3)),
             (64, 2048, Tile(16, 128, 128, 4, 3)),
             (64, _ANY, Tile(64, 128, 128, 4, 3)),
-            (128, _ANY, Tile(32, 128, 64, 4, 3)),
+            (128, _ANY, Tile(32, 128, 64, 8, 3)),
         ],
-        4: [(32, _ANY, Tile(16, 64, 64, 4, 3)), (128, _ANY, Tile(16, 64, 32, 4, 2))],
+        4: [(32, _ANY, Tile(16, 64, 64, 4, 3)), (128, _ANY, Tile(16, 64, 64, 8, 2))],
     },
     "shrink": {
         2: [
@@ -66,9 +66,8 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (32, _ANY, Tile(32, 0, 256, 4, 3)),
             (64, _ANY, Tile(32, 0, 128, 4, 3)),
             (128, _ANY, Tile(32, 0, 64, 4, 3)),
-            (256, _ANY, Tile(32, 0, 32, 4, 2)),
         ],
-        4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (64, _ANY, Tile(16, 0, 64, 4, 3)), (256, _ANY, Tile(16, 0, 32, 4, 2))],
+        4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (64, _ANY, Tile(16, 0, 64, 4, 3)), (128, _ANY, Tile(16, 0, 32, 4, 2))],
     },
     # With the partials of a split-K shrink in flight beside the stream: 8 of them, 2 KB each at r = 16.
     "expand_parts": {
@@ -87,9 +86,14 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
         ],
         4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (128, _ANY, Tile(16, 0, 32, 4, 2))],
     },
-    "token_hidden": {
-        2: [(64, _ANY, Tile(32, 0, 128, 4, 3)), (128, _ANY, Tile(16, 0, 128, 4, 3))],
-        4: [(128, _ANY, Tile(16, 0, 32, 4, 2))],
+    # Row programs and column programs in one launch; `inner` is the tile of the rows' walk along d_out.
+    "up_rows": {
+        2: [
+            (32, _ANY, Tile(32, 128, 256, 8, 3)),
+            (64, _ANY, Tile(64, 128, 128, 8, 3)),
+            (128, _ANY, Tile(32, 128, 128, 8, 3)),
+        ],
+        4: [(32, _ANY, Tile(16, 64, 128, 4, 3)), (128, _ANY, Tile(16, 64, 64, 8, 2))],
     },
     "down": {
         2: [
@@ -104,6 +108,18 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
     "reduce": {
         2: [(16, _ANY, Tile(0, 0, 128, 4, 2)), (_ANY, _ANY, Tile(0, 0, 64, 4, 2))],
         4: [(16, _ANY, Tile(0, 0, 128, 4, 2)), (_ANY, _ANY, Tile(0, 0, 64, 4, 2))],
+    },
+}
+# Rows that come first on one architecture: where the shared row spills (sm_100), does not fit 64 KB of shared memory or
+# spreads its tile so thin over waves of 64 that loads get narrow (gfx942).
+_ARCHITECTURE_ROWS: dict[str, dict[str, dict[int, list[tuple[int, int, Tile]]]]] = {
+    "sm_100": {
+        "residual_add": {2: [(16, 4096, Tile(32, 128, 128, 4, 4))]},
+        "shrink": {2: [(64, 2048, Tile(16, 128, 0, 4, 3))]},
+    },
+    "gfx942": {
+        "residual_add": {2: [(64, 128, Tile(16, 128, 64, 2, 2))]},
+        "up": {2: [(16, _ANY, Tile(32, 0, 256, 8, 3))]},
     },
 }
 WIDEST = 128  # rank (or experts times padded rank, in backward) that one launch takes; more comes in several
@@ -126,7 +142,8 @@ def _tuned() -> dict[str, dict[str, dict[str, list[list]]]]:
 @functools.lru_cache(maxsize=4096)
 def _row(kernel: str, architecture: str, element_bytes: int, width: int, bucket: int) -> Tile:
     tuned = _tuned().get(architecture, {}).get(kernel, {}).get(str(element_bytes), [])
-    for widest, longest, tile in [*tuned, *_ROWS[kernel][element_bytes]]:
+    special = _ARCHITECTURE_ROWS.get(architecture, {}).get(kernel, {}).get(element_bytes, [])
+    for widest, longest, tile in [*tuned, *special, *_ROWS[kernel][element_bytes]]:
         if width <= widest and bucket <= longest:
             return Tile(*tile)
     raise ValueError(f"{kernel}: no launch row for width {width}, {element_bytes}-byte elements, T = {bucket}")

@@ -41,10 +41,9 @@ def candidates(tile: Tile) -> Iterator[Tile]:
 
 def operation(kernel: str, T: int, d: int, rank: int, dtype: torch.dtype, device: str) -> Callable[[], object]:
     """A call of an op that launches `kernel`."""
-    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(kind)
+        return torch.empty(*shape, dtype=kind, device=device).normal_()
 
     y, x, A, B, t = normal(T, d), normal(T, d), normal(rank, d), normal(d, rank), normal(T, rank, kind=torch.float32)
     if kernel == "residual_add":
@@ -63,24 +62,47 @@ def seconds(call: Callable[[], object]) -> float:
     return float(do_bench(call, warmup=20, rep=100, return_mode="median")) * 1e-3
 
 
-def tune(d: int, dtype: torch.dtype, device: str = "cuda") -> dict[str, dict[str, dict[str, list[list[object]]]]]:
-    """The fastest tile of each kernel by rank and length, as `table.py` reads it."""
-    architecture = launch.architecture(torch.device(device, torch.cuda.current_device()))
+def tune(
+    d: int, dtype: torch.dtype, device: str = "cuda", timer: Callable[[Callable[[], object]], float] = seconds
+) -> dict[str, dict[str, dict[str, list[list[object]]]]]:
+    """The fastest tile of each kernel by rank and length, as `table.py` reads it. Kernels that an op of this rank and
+    length does not launch get no row."""
+    architecture = launch.architecture(torch.device(device))
     size = str(dtype.itemsize)
     found: dict[str, dict[str, list[list[object]]]] = {}
-    for kernel in ("residual_add", "shrink", "expand", "up", "down"):
+    for kernel in ("residual_add", "shrink", "expand", "up", "up_rows", "down"):
         rows = found.setdefault(kernel, {}).setdefault(size, [])
         for rank, longest in product(RANKS, LENGTHS):
             T = min(longest, 16384)
-            shipped = table.row(kernel, architecture, dtype.itemsize, rank, T)
             call = operation(kernel, T, d, rank, dtype, device)
-            best = min(candidates(shipped), key=lambda tile: _time(kernel, tile, call))
+            if kernel not in _launched(call):
+                continue
+            shipped = table.row(kernel, architecture, dtype.itemsize, rank, T)
+            best = min(candidates(shipped), key=lambda tile: _time(kernel, tile, call, timer))
             rows.append([rank, longest, list(best)])
             print(f"{kernel} r={rank} T<={T}: {best}", flush=True)
     return {architecture: found}
 
 
-def _time(kernel: str, tile: Tile, call: Callable[[], object]) -> float:
+def _launched(call: Callable[[], object]) -> set[str]:
+    """The rows of the launch table that a call looks up; nothing runs."""
+    asked: set[str] = set()
+    shipped = table._row
+
+    def row(name: str, *rest: object) -> Tile:
+        asked.add(name)
+        return shipped(name, *rest)
+
+    table._row = row  # type: ignore[assignment]
+    try:
+        with launch.observing(lambda one: True, launch._architecture):
+            call()
+    finally:
+        table._row = shipped
+    return asked
+
+
+def _time(kernel: str, tile: Tile, call: Callable[[], object], timer: Callable[[Callable[[], object]], float]) -> float:
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
 
@@ -91,7 +113,7 @@ def _time(kernel: str, tile: Tile, call: Callable[[], object]) -> float:
 
     table._row = row  # type: ignore[assignment]
     try:
-        return seconds(call)
+        return timer(call)
     except (CompilationError, OutOfResources):
         return float("inf")
     finally:

@@ -1,15 +1,18 @@
-"""Triton kernels in the interpreter: every tensor between guards, every output poisoned, bfloat16 products repaired.
+"""Triton kernels in the interpreter: every tensor between guards, every output poisoned, products as a GPU sums them.
 
-Triton decides at its first import whether it interprets, and other tests import it too: so these run in a process that
-was started with `TRITON_INTERPRET=1` (`make test` does), and are skipped in any other. Tests that need compiled kernels
-run in a subprocess without it.
+Triton decides at its first import whether it interprets. A run of these tests alone (`pytest tests/triton`) switches it
+on before that; a run of everything does not, because other tests import Triton too and compile for the CPU: there
+these are skipped, and `make test` runs them in a process of their own. Tests that need compiled kernels start a
+subprocess without it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,18 +22,33 @@ from lowrank_fast import triton_backend
 
 from .arena import Arena
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HERE = Path(__file__).resolve().parent
 
-if importlib.util.find_spec("triton") is None:
-    collect_ignore_glob = ["test_*.py"]
+
+def pytest_configure(config: pytest.Config) -> None:
+    alone = all(Path(one.split("::")[0]).resolve().is_relative_to(HERE) for one in config.args)
+    if alone and "triton" not in sys.modules:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def why_not() -> str | None:
+    """Why nothing here can run in this process."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "not started with TRITON_INTERPRET=1, which must be set before Triton is imported: `make test` does"
+    return None
+
+
+WHY_NOT: list[str | None] = []  # decided once: tests change the environment
 
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not INTERPRETED:
-        pytest.skip(
-            "Triton interprets only when TRITON_INTERPRET=1 is set before it is imported; `make test` runs these"
-        )
+    if not WHY_NOT:
+        WHY_NOT.append(why_not())
+    if WHY_NOT[0]:
+        pytest.skip(WHY_NOT[0])
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for name in ("plan", "plan_backward", "norm"):  # imported now, whatever the test does to the environment
         triton_backend.kernels(name)
