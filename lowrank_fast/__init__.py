@@ -10,6 +10,7 @@ _cuda.load()
 from . import backends, functional  # noqa: E402
 from .backends import use_backend  # noqa: E402
 from .functional import expand_add, residual_add, routed_projection, shrink  # noqa: E402
+from .residual_norm import residual_add_norm  # noqa: E402
 
 backends.register()
 backends.from_environment()
@@ -20,6 +21,7 @@ __all__ = [
     "expand_add",
     "functional",
     "residual_add",
+    "residual_add_norm",
     "routed_projection",
     "shrink",
     "use_backend",
