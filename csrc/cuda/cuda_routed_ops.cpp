@@ -39,9 +39,8 @@ Common common(const Tensor& like, const Tensor& x, const Tensor& A, const Tensor
   RoutedArgs& a = c.args;
   const auto type = like.scalar_type();
   const int64_t tokens = like.numel() / like.size(-1), experts = B.size(0), rank = A.size(0);
-  check_factor("A", A, {rank, A.size(1)}, like, type);
+  check_factor("A", A, {rank, x.defined() ? x.size(-1) : A.size(1)}, like, type);
   check_factor("B", B, {experts, B.size(1), rank}, like, type);
-  if (x.defined()) check_rows("x", x, like, A.size(1), type);
   if (routing != kStatic) {
     check_factor("R", R.value_or(Tensor()), {experts, router_on_x ? A.size(1) : rank}, like, type);
   }
@@ -137,11 +136,11 @@ Tensors5 routed_projection_backward(const Tensor& g, const Optional& x, const Te
   const bool need_dx = needs[0], need_dA = needs[1], need_dB = needs[2], need_dR = needs[3], need_dweights = needs[4];
   const c10::DeviceGuard guard(g.device());
   const bool keep_x = need_dA || (need_dR && on_x);
+  if (keep_x) check_rows("x", x.value_or(Tensor()), g, A.size(1), g.scalar_type());
   Common c = common(g, keep_x ? x.value_or(Tensor()) : Tensor(), A, B, R, token_mask, scale, kind, on_x, p, seed);
   RoutedArgs& a = c.args;
   const auto type = g.scalar_type();
   check_rows("g", g, g, B.size(1), type);
-  if (keep_x) check_rows("x", x.value_or(Tensor()), g, A.size(1), type);
   check_rows("t", t, g, A.size(0), t.scalar_type());
   if (kind != kStatic) check_rows("p", probabilities, g, B.size(0), probabilities.scalar_type());
   if (kind != kToken) check_flat("w", w, a.segments * B.size(0), w.scalar_type(), g);

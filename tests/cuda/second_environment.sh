@@ -8,7 +8,7 @@
 # Environment: PYTHON, PYTEST_ARGS, MAX_JOBS.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-venv=$PWD/${1:-.venv-cuda} tree=$PWD/${2:-build/cuda-tree} sources=$PWD
+venv=$(realpath -m "${1:-.venv-cuda}") tree=$(realpath -m "${2:-build/cuda-tree}") sources=$PWD
 export PIP_DISABLE_PIP_VERSION_CHECK=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 
 said() {

@@ -89,9 +89,9 @@ def test_in_place_and_out_write_their_target_and_nothing_beside_it(bound, rows):
     assert torch.equal(buffer[..., 80:], before[..., 80:])
 
 
-@pytest.mark.parametrize(("rank", "dtype"), [(129, BF16), (4, torch.float64), (0, BF16)])
-def test_what_no_kernel_takes_goes_to_the_fallback(bound, rank, dtype):
-    y, x, A, B = (_random(*s, dtype=dtype) for s in ((5, 40), (5, 24), (rank, 24), (40, rank)))
+@pytest.mark.parametrize(("tokens", "rank", "dtype"), [(5, 129, BF16), (5, 4, torch.float64), (0, 4, BF16)])
+def test_what_no_kernel_takes_goes_to_the_fallback(bound, tokens, rank, dtype):
+    y, x, A, B = (_random(*s, dtype=dtype) for s in ((tokens, 40), (tokens, 24), (rank, 24), (40, rank)))
     arguments = (y, x, A, B, 0.5, 0.0, None, True)
     got = []
     assert _launched(bound, lambda: got.extend(ops.residual_add(*arguments))) == 0
