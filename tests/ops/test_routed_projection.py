@@ -193,7 +193,6 @@ def test_token_routing_equals_its_concatenated_form(backend, dtype):
     assert_accurate("concatenated", concatenated, problem.eager()["out"], problem.truth()["out"], dtype)
 
 
-@pytest.mark.parametrize("routing", ["batch", "sample", "token"])
 @pytest.mark.parametrize(("lead", "rank", "experts"), [((48,), 64, 8), ((), 63, 7), ((5,), 50, 3)], ids=str)
 def test_hundreds_of_ranks_add_up_as_accurately_as_the_experts_one_by_one(backend, lead, rank, experts):
     """The update as one of rank `E r`, against the loop: one chain of so many sums would have twice its error."""
@@ -204,6 +203,7 @@ def test_hundreds_of_ranks_add_up_as_accurately_as_the_experts_one_by_one(backen
 
 
 @dtypes
+@pytest.mark.parametrize("routing", ["batch", "sample", "token"])
 def test_a_uniform_router_equals_static_weights(backend, dtype, routing):
     problem = Routed((2, 15), 24, 40, 3, dtype, dtype, experts=4, routing=routing)
     inputs, _ = problem.tensors(device_of(backend))
