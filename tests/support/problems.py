@@ -201,6 +201,8 @@ class Routed(Problem):
 
     def bottleneck(self) -> int:
         mixing = self.experts - 1  # probabilities add up to 1
+        if isinstance(self.active, tuple):  # the gradient of the bank sees the weights of these
+            mixing = min(mixing, max(1, sum(self.active)))
         if self.routing == "static" or mixing == 0:
             return super().bottleneck()
         kept = self.token_mask()
