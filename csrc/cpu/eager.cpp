@@ -35,12 +35,13 @@ std::tuple<Tensor, Tensor> forward_op(const Tensor& y, const Tensor& x, const Te
   return op.call(y, x, A, B, scale, 0.0, std::nullopt, save_t);
 }
 
-void inplace_op(Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale) {
-  using Signature =
-      Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, const MaybeTensor&, bool);
-  static const auto op = find_op<Signature>("lowrank_fast::residual_add_");
+// `out` may be y itself.
+void forward_into(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale, Tensor out) {
+  using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double,
+                           const MaybeTensor&, bool, Tensor&);
+  static const auto op = find_op<Signature>("lowrank_fast::residual_add_out");
   const at::AutoDispatchBelowADInplaceOrView guard;
-  op.call(y, x, A, B, scale, 0.0, std::nullopt, false);
+  op.call(y, x, A, B, scale, 0.0, std::nullopt, false, out);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_op(const Tensor& g, const MaybeTensor& x, const Tensor& t, const Tensor& A,
@@ -100,17 +101,20 @@ struct ResidualAdd : torch::autograd::Function<ResidualAdd> {
   }
 };
 
-// First byte, and one past the last, of a contiguous tensor.
+// Whether two contiguous tensors have no byte in common.
 bool apart(const Tensor& a, const Tensor& b) {
   const auto *from = static_cast<const char*>(a.const_data_ptr()),
              *other = static_cast<const char*>(b.const_data_ptr());
   return from + a.nbytes() <= other || other + b.nbytes() <= from;
 }
 
-bool overwritable(const Tensor& y, std::initializer_list<const Tensor*> read) {
-  if (!y.is_contiguous()) return false;
+// The usual case of what `checks.inplace` and `checks.out_buffer` allow.
+bool overwritable(const Tensor& out, const Tensor& y, std::initializer_list<const Tensor*> read) {
+  if (out.requires_grad() || out.sizes() != y.sizes() || out.scalar_type() != y.scalar_type() || !out.is_cpu() ||
+      !out.is_contiguous() || !y.is_contiguous() || !(out.const_data_ptr() == y.const_data_ptr() || apart(out, y)))
+    return false;
   for (const Tensor* input : read)
-    if (!input->is_contiguous() || !apart(y, *input)) return false;
+    if (!input->is_contiguous() || !apart(out, *input)) return false;
   return true;
 }
 
@@ -123,7 +127,7 @@ bool nothing_watches() {
 }
 
 PyObject* call(PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 6 || !PyFloat_CheckExact(arguments[4]) || !nothing_watches()) Py_RETURN_NONE;
+  if (count != 7 || !PyFloat_CheckExact(arguments[4]) || !nothing_watches()) Py_RETURN_NONE;
   for (int i = 0; i < 4; ++i)
     if (!THPVariable_CheckExact(arguments[i])) Py_RETURN_NONE;
   const Tensor &y = THPVariable_Unpack(arguments[0]), &x = THPVariable_Unpack(arguments[1]),
@@ -133,16 +137,18 @@ PyObject* call(PyObject* const* arguments, Py_ssize_t count) {
   const bool inplace = arguments[5] == Py_True;
   const bool recorded =
       at::GradMode::is_enabled() && (y.requires_grad() || x.requires_grad() || A.requires_grad() || B.requires_grad());
-  if (inplace) {
-    if (recorded || y.requires_grad() || !overwritable(y, {&x, &A, &B})) Py_RETURN_NONE;
+  if (inplace || arguments[6] != Py_None) {
+    PyObject* written = inplace ? arguments[0] : arguments[6];
+    if (recorded || (inplace && arguments[6] != Py_None) || !THPVariable_CheckExact(written)) Py_RETURN_NONE;
+    const Tensor& into = THPVariable_Unpack(written);
+    if (!overwritable(into, y, {&x, &A, &B})) Py_RETURN_NONE;
     {
       const pybind11::gil_scoped_release release;
-      Tensor stream = y;
-      inplace_op(stream, x, A, B, scale);
+      forward_into(y, x, A, B, scale, into);
     }
-    if (!y.is_inference()) y.unsafeGetTensorImpl()->bump_version();
-    Py_INCREF(arguments[0]);
-    return arguments[0];
+    if (!into.is_inference()) into.unsafeGetTensorImpl()->bump_version();
+    Py_INCREF(written);
+    return written;
   }
   Tensor out;
   {
@@ -160,7 +166,7 @@ PyObject* residual_add(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
 
 PyMethodDef methods[] = {
     {"residual_add", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(residual_add)), METH_FASTCALL,
-     "residual_add(y, x, A, B, scale, inplace): the result, or None where this is not a plain call."},
+     "residual_add(y, x, A, B, scale, inplace, out): the result, or None where this is not a plain call."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -82,6 +82,14 @@ void forward_few(const Kernels& table, int64_t threads, int64_t count, const Shr
   const int64_t cols = second->out.matrix.cols,
                 row_equivalents = count + 16;  // packing a column costs about 16 rows of it
   split(thread_count(row_equivalents * zk * cols, cols / 64), cols, 64, [&](int64_t, int64_t begin, int64_t end) {
+    if (count == 1 && !second->drop.on) {
+      const std::vector<Factor>& stack = second->Q.stack();
+      Matrix y;
+      if (second->y) y = second->y->from(0);
+      if (table.expand_row(second->y ? &y : nullptr, second->out.from(0), z, stack.data(), int64_t(stack.size()), begin,
+                           end))
+        return;
+    }
     pieces(second->Q, begin, end, [&](Panel panel, int64_t from, int64_t to) {
       blocks(0, count, table.most_rows, [&](int64_t row, int64_t rows) {
         Matrix y;
@@ -150,15 +158,20 @@ inline void store_factors(const Kernels& table, const std::vector<Factor>& targe
 // z^T x for few rows, a piece of columns at a time, straight into the factors.
 inline void outer_few(const Kernels& table, const Rows& x, int64_t count, const float* z, int64_t k,
                       const std::vector<Factor>& targets, const Dropout& drop, int64_t begin, int64_t end) {
+  auto add_up = [&](float* sums, int64_t ld, int64_t from, int64_t to) {
+    blocks(0, count, table.most_rows, [&](int64_t row, int64_t rows) {
+      table.outer(x.from(row), rows, z + row * pad_rank(k), pad_rank(k), sums, ld, row > 0, from, to, drop, row);
+    });
+  };
+  if (count > 0 && targets.size() == 1 && targets[0].data && table.shrink_panel.natural &&
+      is_panel(targets[0], table.unit))
+    return add_up(static_cast<float*>(targets[0].data), targets[0].stride_k, begin, end);
   const int64_t ld = table.sums_ld(kPackColumns);
   float* memory = workspace(Slot::piece, pad_rank(k) * ld);
+  if (count == 0) std::fill_n(memory, pad_rank(k) * ld, 0.0f);
   for (; begin < end; begin += kPackColumns) {
     const int64_t stop = std::min(begin + kPackColumns, end);
-    if (count == 0) std::fill_n(memory, pad_rank(k) * ld, 0.0f);
-    blocks(0, count, table.most_rows, [&](int64_t row, int64_t rows) {
-      table.outer(x.from(row), rows, z + row * pad_rank(k), pad_rank(k), memory - begin, ld, row > 0, begin, stop, drop,
-                  row);
-    });
+    add_up(memory - begin, ld, begin, stop);
     store_factors(table, targets, memory - begin, 1, 0, ld, begin, stop);
   }
 }

@@ -316,14 +316,19 @@ static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, floa
   store_sums(sums, rows, 0, k, 1.0f, u, k);
 }
 
+// One row takes the same way as many: other bits otherwise.
+static bool expand_row(const Matrix*, const Matrix&, const float*, const Factor*, int64_t, int64_t, int64_t) {
+  return false;
+}
+
 constexpr PanelFormat kPairs = {pairs_floats, pack_pairs, false}, kTwice = {panel_floats, pack_twice, false};
 
 }  // namespace
 
 namespace lowrank {
 extern const Kernels kernels_amx;
-const Kernels kernels_amx = {kUnit,  kTileRows, kTileRows, kPairs,       kTwice,       panel_ld, unpack<F32>,
-                             shrink, expand,    outer,     shrink_outer, expand_outer, softmax,  nullptr};
+const Kernels kernels_amx = {kUnit,  kTileRows,  kTileRows, kPairs,       kTwice,       panel_ld, unpack<F32>, shrink,
+                             expand, expand_row, outer,     shrink_outer, expand_outer, softmax,  nullptr};
 }  // namespace lowrank
 
 #if defined(__clang__)

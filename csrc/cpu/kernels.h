@@ -84,6 +84,10 @@ struct Kernels {
   // out = y + z P over columns [begin, end); y null: out = z P
   void (*expand)(const Matrix* y, const Matrix& out, int64_t rows, const float* z, Panel P, int64_t k, int64_t begin,
                  int64_t end, const Dropout& drop, int64_t first_row);
+  // the same for one row and `count` factors stacked along k, whose ranks are next to each other in memory, without a
+  // panel and with the same bits; false: not for these factors or columns
+  bool (*expand_row)(const Matrix* y, const Matrix& out, const float* z, const Factor* stack, int64_t count,
+                     int64_t begin, int64_t end);
   // acc [k][ld] (+)= z^T x over columns [begin, end)
   void (*outer)(const Matrix& x, int64_t rows, const float* z, int64_t k, float* acc, int64_t ld, bool accumulate,
                 int64_t begin, int64_t end, const Dropout& drop, int64_t first_row);

@@ -317,6 +317,35 @@ static void expand(const Matrix* y, const Matrix& out, int64_t rows, const float
   }
 }
 
+template <class D>
+static bool expand_row(const Matrix* y, const Matrix& out, const float* z, const Factor* stack, int64_t count,
+                       int64_t begin, int64_t end) {
+  bool whole = (end - begin) % kUnit == 0;
+  int64_t ranks = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    whole = whole && rank_fastest(stack[i]);
+    ranks += stack[i].k;
+  }
+  whole = whole && ranks <= kChain;
+  for (int64_t d = begin; whole && d < end; d += kUnit) {
+    V sums[2] = {};
+    for (int half = 0; half < 2; ++half) {
+      const float* w = z;
+      for (int64_t i = 0; i < count; w += stack[i++].k)
+        with_dtype(stack[i], [&](auto dtype, const auto* data) {
+          whole =
+              whole && transposed_half<D, decltype(dtype)>(data, stack[i], 0, stack[i].k, d, half,
+                                                           [&](int64_t j, V v) { sums[half] += broadcast(w[j]) * v; });
+        });
+    }
+    if (!whole) break;  // before anything is written: what stops one unit stops the first
+    V a{}, b{};
+    if (y) D::load2(row_of<D>(*y, 0, d), a, b);
+    D::store2(row_of<D>(out, 0, d), a + sums[0], b + sums[1]);
+  }
+  return whole;
+}
+
 // ---------------------------------------------------------------------------------------------- outer
 
 template <class D, int C>
@@ -432,8 +461,8 @@ static void multiply_add(int64_t count) {
 template <class D>
 constexpr Kernels table() {
   constexpr PanelFormat panel = {panel_floats, pack<D>, !D::even_odd};
-  return {kUnit,     kLightRows, kRowBlock, panel,           panel,           panel_ld, unpack<D>,
-          shrink<D>, expand<D>,  outer<D>,  shrink_outer<D>, expand_outer<D>, softmax,  multiply_add};
+  return {kUnit,     kLightRows,    kRowBlock, panel,           panel,           panel_ld, unpack<D>,   shrink<D>,
+          expand<D>, expand_row<D>, outer<D>,  shrink_outer<D>, expand_outer<D>, softmax,  multiply_add};
 }
 
 }  // namespace

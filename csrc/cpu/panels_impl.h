@@ -33,41 +33,43 @@ struct UnitOrder {
   static constexpr int step = D::even_odd ? 2 : 1, second = D::even_odd ? 1 : kLanes;
 };
 
+// f(j, v): v holds rank `rank` + j of the columns in half `half` of the unit at d, for j < ranks. False where the words
+// of the factor do not lie so that they can be transposed as they are loaded.
+template <class D, class S, class F>
+LOWRANK_INLINE bool transposed_half(const typename S::T* data, const Factor& f, int64_t rank, int64_t ranks, int64_t d,
+                                    int half, const F& write) {
 #if LOWRANK_LANES == 16
-// The common case of `pack_unit`: rank fastest, all columns there, float32 or bfloat16 in whole words of four.
-template <class D, class S>
-LOWRANK_INLINE bool pack_whole_unit(const typename S::T* data, const Factor& f, int64_t rank, int64_t d, int64_t rows,
-                                    float* panel, int64_t ld) {
   constexpr int packed = 4 / sizeof(typename S::T);  // elements to a word
-  const int64_t stride = UnitOrder<D>::step * f.stride_d, ranks = f.k - rank < rows ? f.k - rank : rows;
+  const int64_t stride = UnitOrder<D>::step * f.stride_d;
   if (std::is_same_v<S, F16> || d + kUnit > f.d || ranks % (4 * packed) || stride % packed) return false;
-  for (int half = 0; half < 2; ++half) {
-    const typename S::T* first = data + (d + half * UnitOrder<D>::second) * f.stride_d + rank;
-    float* to = panel + half * kLanes;
-    load_transposed(reinterpret_cast<const float*>(first), stride / packed, ranks / packed, [&](int64_t i, V v) {
-      if constexpr (packed == 1) {
-        store(to + i * ld, v);
-      } else {
-        store(to + 2 * i * ld, (V)((VU)v << 16));
-        store(to + (2 * i + 1) * ld, (V)((VU)v & 0xffff0000u));
-      }
-    });
-    for (int64_t i = ranks; i < rows; ++i) store(to + i * ld, V{});
-  }
+  const typename S::T* first = data + (d + half * UnitOrder<D>::second) * f.stride_d + rank;
+  load_transposed(reinterpret_cast<const float*>(first), stride / packed, ranks / packed, [&](int64_t j, V v) {
+    if constexpr (packed == 1) {
+      write(j, v);
+    } else {
+      write(2 * j, (V)((VU)v << 16));
+      write(2 * j + 1, (V)((VU)v & 0xffff0000u));
+    }
+  });
   return true;
-}
+#else
+  return false;
 #endif
+}
 
 // The panel's rows [rank, rank + kLanes) at one unit of columns, from a factor of dtype S. Missing elements are zero.
 template <class D, class S>
 LOWRANK_INLINE void pack_unit(const typename S::T* data, const Factor& f, int64_t rank, int64_t d, int64_t rows,
                               float* panel, int64_t ld) {
   const int64_t columns = f.d - d, ranks = f.k - rank;
-#if LOWRANK_LANES == 16
-  if (rank_fastest(f) && pack_whole_unit<D, S>(data, f, rank, d, rows, panel, ld)) return;
-#endif
   if (rank_fastest(f)) {  // transpose in registers, one register of the unit at a time: two would not fit
     for (int half = 0; half < 2; ++half) {
+      float* to = panel + half * kLanes;
+      const int64_t there = ranks < rows ? ranks : rows;
+      if (transposed_half<D, S>(data, f, rank, there, d, half, [&](int64_t j, V v) { store(to + j * ld, v); })) {
+        for (int64_t j = there; j < rows; ++j) store(to + j * ld, V{});
+        continue;
+      }
       const int64_t first = d + half * UnitOrder<D>::second;
       V v[kLanes];
 #pragma GCC unroll 16

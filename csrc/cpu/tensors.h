@@ -84,6 +84,11 @@ inline Factor factor_of(const Tensor& p, int64_t d_dim, int64_t d) {
 
 enum class Use { shrink, expand };  // which kernel reads a panel
 
+// Whether the factor's own memory is a panel of a natural format.
+inline bool is_panel(const Factor& f, int64_t unit) {
+  return f.dtype == Dtype::f32 && f.stride_d == 1 && f.k % 4 == 0 && f.d % unit == 0;
+}
+
 // Factors stacked along k, as one panel for activations of `dtype`.
 class PanelSource {
  public:
@@ -97,12 +102,10 @@ class PanelSource {
   int64_t cols() const { return stack_.front().d; }
 
   // The parameter's own memory is a panel: not worth packing for a few rows.
-  bool direct() const {
-    const Factor& f = stack_.front();
-    return stack_.size() == 1 && f.dtype == Dtype::f32 && format_.natural && f.stride_d == 1 && f.k % 4 == 0 &&
-           f.d % unit_ == 0;
-  }
+  bool direct() const { return stack_.size() == 1 && format_.natural && is_panel(stack_.front(), unit_); }
   Panel in_place() const { return {static_cast<const float*>(stack_.front().data), stack_.front().stride_k}; }
+
+  const std::vector<Factor>& stack() const { return stack_; }
 
   int64_t floats(int64_t columns) const { return format_.floats(k_, columns); }
   // Packs columns [begin, end), begin a multiple of the unit, into memory of floats(end - begin). The panel's columns
