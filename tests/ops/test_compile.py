@@ -100,11 +100,15 @@ def test_opcheck(op):
         opcheck(getattr(torch.ops.lowrank_fast, op).default, arguments, keywords, test_utils=checks)
 
 
+def _on_meta(argument: object) -> object:
+    return argument.to("meta") if isinstance(argument, torch.Tensor) else argument
+
+
 @pytest.mark.parametrize("op", ops.SCHEMAS)
 def test_fakes_give_the_sizes_dtypes_and_strides_of_the_real_results(op):
     for arguments, keywords in _samples(op):
         real = getattr(torch.ops.lowrank_fast, op)(*arguments, **keywords)
-        fake = ops.FAKES[op](*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments), **keywords)
+        fake = ops.FAKES[op](*map(_on_meta, arguments), **{name: _on_meta(a) for name, a in keywords.items()})
         pairs = zip(real, fake, strict=True) if isinstance(real, tuple | list) else [(real, fake)]
         for got, expected in pairs:
             if got is None:
