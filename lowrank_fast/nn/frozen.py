@@ -29,7 +29,7 @@ from torch.nn.modules import module as _module
 
 from .. import backends, checks
 from ..functional import dropout_seed, shrink
-from .inplace import dtype_for
+from .inplace import dtype_for, without_autocast
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -145,10 +145,11 @@ class _FrozenLinear(torch.autograd.Function):
                 )
             if need_x:
                 rows = g.reshape(-1, g.shape[-1])
-                if dx is None:
-                    dx = torch.mm(rows, weight).view(*g.shape[:-1], weight.shape[1])
-                else:
-                    dx.view(-1, weight.shape[1]).addmm_(rows, weight)
+                with without_autocast(g.device.type):
+                    if dx is None:
+                        dx = torch.mm(rows, weight).view(*g.shape[:-1], weight.shape[1])
+                    else:
+                        dx.view(-1, weight.shape[1]).addmm_(rows, weight)
         return (
             dx if need_x else None,
             d_hidden if need_hidden else None,

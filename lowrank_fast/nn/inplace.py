@@ -9,6 +9,7 @@ everything else is updated out of place.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -78,3 +79,8 @@ def first_tensor(output: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise TypeError(f"a layer must return a tensor or a tuple whose first entry is one; got {type(found).__name__}")
     return found
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Inside, products are computed in the dtype of their factors, also where autocast would round them to 16 bits."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

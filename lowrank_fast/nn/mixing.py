@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .inplace import without_autocast
+
 
 def _rank_major(B: Tensor) -> bool:
     """Whether `B [E, d_out, r]` lies in memory as `[E, r, d_out]`, as PEFT's Lily stores it."""
@@ -60,12 +62,13 @@ class _MixedBank(torch.autograd.Function):
         if need_B:
             dB = _unflat(torch.outer(w, d).to(B.dtype), B, major)
         if need_t or need_R:
-            dp = (_flat(B, major).to(d.dtype) @ d) / kept  # [E], the same for every kept token
-            dlogits = p * (dp - (p @ dp)[:, None])
-            if mask is not None:
-                dlogits *= mask[:, None]
-            dt = (dlogits @ R).view(ctx.shape) if need_t else None
-            dR = (dlogits.mT @ rows) if need_R else None
+            with without_autocast(d.device.type):
+                dp = (_flat(B, major).to(d.dtype) @ d) / kept  # [E], the same for every kept token
+                dlogits = p * (dp - (p @ dp)[:, None])
+                if mask is not None:
+                    dlogits *= mask[:, None]
+                dt = (dlogits @ R).view(ctx.shape) if need_t else None
+                dR = (dlogits.mT @ rows) if need_R else None
         return dt, dR, dB, None
 
 
@@ -75,5 +78,6 @@ def mixed_bank(t: Tensor, R: Tensor, B: Tensor, mask: Tensor | None = None) -> T
     `B [E, d_out, r]`: the bank, any dtype; dense in either order of its last two dimensions, else it is copied.
     `mask` (bool, one per token): False for tokens that the mean leaves out.
     """
-    up: Tensor = _MixedBank.apply(t, R, B, mask)
+    with without_autocast(t.device.type):
+        up: Tensor = _MixedBank.apply(t, R, B, mask)
     return up

@@ -6,7 +6,6 @@ expert (no router) or several, and carries the masked gradient.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,15 +15,10 @@ from .. import checks
 from .. import functional as F
 from ..reference import ROUTER_INPUTS, ROUTINGS, bank_as_matrix, mean_over_tokens
 from .frozen import frozen_linear, frozen_linear_of, shrink_rows
-from .inplace import dtype_for, flat_stream, like_stream, may_update
+from .inplace import dtype_for, flat_stream, like_stream, may_update, without_autocast
 from .mixing import mixed_bank
 from .residual import residual_update
 from .weights import Bank, Down, positive
-
-
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    """The small products here stay in float32 under autocast."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def routed_update(
@@ -109,7 +103,7 @@ def branch(
         B = B.detach()
     elif isinstance(active, Tensor):
         B = torch.where(active.view(-1, 1, 1), B, B.detach())
-    with _without_autocast(t.device.type):
+    with without_autocast(t.device.type):
         if weights is not None:
             return t, torch.tensordot(weights.to(t.dtype), B.to(t.dtype), dims=1)
         if logits is None and R is None:

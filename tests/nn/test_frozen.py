@@ -217,3 +217,13 @@ def test_autocast_and_inference_call_the_layer() -> None:
         assert frozen_linear_of(base, x) is None
     with torch.no_grad():
         assert frozen_linear_of(base, x) is None
+
+
+def test_a_backward_inside_autocast_has_the_bits_of_one_outside() -> None:
+    members, x = branches((16, 12), dtype=torch.float32), x_of(9, 10, dtype=torch.float32)
+    tensors = [x, *(t for _, A, B in members for t in (A, B))]
+    expected = torch.autograd.grad(loss(fused(x, members)), tensors)
+    total = loss(fused(x, members))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(total, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

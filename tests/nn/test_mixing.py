@@ -71,3 +71,11 @@ def test_a_bank_in_16_bits_gets_a_gradient_in_its_dtype() -> None:
     up = mixed_bank(t, R, B)
     assert up.dtype is torch.float32
     assert torch.autograd.grad(up.sum(), B)[0].dtype is torch.bfloat16
+
+
+def test_forward_and_backward_inside_autocast_have_the_bits_of_those_outside() -> None:
+    tensors = [torch.randn(*shape, requires_grad=True) for shape in ((9, 3), (2, 3), (2, 8, 3))]
+    expected = torch.autograd.grad(mixed_bank(*tensors).square().sum(), tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(mixed_bank(*tensors).square().sum(), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -342,6 +342,33 @@ def test_the_trainer_drives_the_reducer(tmp_path: Path) -> None:
     assert any(reducer.scores.values())
 
 
+@pytest.mark.parametrize("importance", ["gradient", "suppression"])
+def test_the_trainer_resumes_in_mid_schedule_bit_for_bit(tmp_path: Path, importance: str) -> None:
+    fields = {"importance": importance, "interval": 2, "warmup": 2, "num_B": 2, "lora_dropout": 0.1}
+    data = [{k: v[0] for k, v in tiny.batch("llama", rows=1, seed=i).items()} for i in range(32)]
+    validation = [tiny.batch("llama", seed=i) for i in (50, 51)]
+
+    def train(folder: str, resume: str | None = None) -> tuple[Any, Any]:
+        model = effilora(**fields)
+        reducer = effilora_reducer(model, validation=validation)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / folder), max_steps=11, per_device_train_batch_size=2, save_steps=5, seed=7,
+            learning_rate=3e-3, weight_decay=0.1, report_to=[], disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        callbacks = [reducer.callback()]
+        transformers.Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks).train(
+            resume_from_checkpoint=resume
+        )
+        return model, reducer
+
+    whole, straight = train("whole")
+    resumed, again = train("resumed", str(tmp_path / "whole" / "checkpoint-5"))
+    assert again.scores == straight.scores
+    assert any(straight.scores.values())
+    a, b = dict(whole.named_parameters()), dict(resumed.named_parameters())
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
 # ------------------------------------------------------------------------------------------------ merging
 
 
