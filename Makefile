@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
+OLDEST_VENV ?= .venv-oldest-triton
 BIN := $(VENV)/bin
 # Extra arguments for installing torch, e.g. the index of PyTorch's CPU wheels where pip would fetch the CUDA build.
 TORCH_PIP_ARGS ?=
@@ -22,10 +23,10 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 FORMATTED := $(NATIVE) $(wildcard csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh tests/simt/*.cpp tests/simt/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-slow test-cuda-build lint format verify bench gpu clean distclean
+.PHONY: help setup build test test-slow test-cuda-build test-oldest-triton lint format verify bench gpu clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make .venv: torch, the tools, the benchmark's model and texts, the package in editable form
 
@@ -40,6 +41,12 @@ test-slow: build ## the slow tests
 
 test-cuda-build: ## both extensions built against a CUDA torch in .venv-cuda, imported, and the CPU tests run there
 	tests/cuda/second_environment.sh $(CUDA_VENV) build/cuda-tree
+
+test-oldest-triton: ## the Triton tests with the oldest Triton, which needs numpy < 2.4, in .venv-oldest-triton
+	[ -x $(OLDEST_VENV)/bin/python ] || $(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --constraint constraints-oldest-triton.txt $(TORCH_PIP_ARGS) \
+	  torch triton numpy rich pytest hypothesis
+	TRITON_INTERPRET=1 PYTHONPATH=. $(OLDEST_VENV)/bin/python -m pytest tests/triton $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
@@ -66,7 +73,7 @@ clean: ## remove what was built
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove what was built, and the environments
-	rm -rf $(VENV) $(CUDA_VENV)
+	rm -rf $(VENV) $(CUDA_VENV) $(OLDEST_VENV)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -162,7 +162,9 @@ class Backward:
             return
         assert self.A is not None
         T, D, rank = self.T, self.A.shape[1], self.rank
-        width = plan.padded(rank) + (plan.padded(self.experts) if self.router == "x" else 0)
+        width = plan.padded(rank)
+        if self.router == "x":  # a second accumulator: never the tile with most columns or stages
+            width = max(width + plan.padded(self.experts), 64)
         sample = dx if dx is not None else self.g if self.x is None else self.x
         tile = plan.pick("down", arch, sample, width, T)
         down_tiles = plan.cdiv(D, tile.cols) if need_dx or need_dA or (need_dR and self.router == "x") else 0

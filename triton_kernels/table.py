@@ -57,13 +57,13 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (32, 4096, Tile(32, 128, 0, 4, 5)),
             (64, 2048, Tile(16, 128, 0, 4, 2)),
             (64, _ANY, Tile(64, 128, 0, 4, 3)),
-            (_ANY, _ANY, Tile(32, 128, 0, 4, 3)),
+            (_ANY, _ANY, Tile(32, 128, 0, 8, 3)),
         ],
         4: [(_ANY, _ANY, Tile(16, 64, 0, 4, 3))],
     },
     "expand": {
         2: [
-            (32, _ANY, Tile(32, 0, 256, 4, 3)),
+            (32, _ANY, Tile(32, 0, 256, 8, 3)),
             (64, _ANY, Tile(32, 0, 128, 4, 3)),
             (128, _ANY, Tile(32, 0, 64, 4, 3)),
         ],
@@ -84,7 +84,7 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (64, _ANY, Tile(32, 0, 256, 8, 3)),
             (128, _ANY, Tile(32, 0, 128, 8, 3)),
         ],
-        4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (128, _ANY, Tile(16, 0, 32, 4, 2))],
+        4: [(32, _ANY, Tile(16, 0, 64, 4, 3)), (128, _ANY, Tile(16, 0, 32, 4, 2))],
     },
     # Row programs and column programs in one launch; `inner` is the tile of the rows' walk along d_out.
     "up_rows": {
@@ -115,7 +115,7 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
 _ARCHITECTURE_ROWS: dict[str, dict[str, dict[int, list[tuple[int, int, Tile]]]]] = {
     "sm_100": {
         "residual_add": {2: [(16, 4096, Tile(32, 128, 128, 4, 4))]},
-        "shrink": {2: [(64, 2048, Tile(16, 128, 0, 4, 3))]},
+        "shrink": {2: [(64, 2048, Tile(32, 128, 0, 4, 3))]},
     },
     "gfx942": {
         "residual_add": {2: [(64, 128, Tile(16, 128, 64, 2, 2))]},

@@ -44,9 +44,11 @@ WHY_NOT: list[str | None] = []  # decided once: tests change the environment
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not WHY_NOT:
         WHY_NOT.append(why_not())
+    if request.node.get_closest_marker("slow") and importlib.util.find_spec("triton"):
+        return  # compiles in processes of its own
     if WHY_NOT[0]:
         pytest.skip(WHY_NOT[0])
     monkeypatch.setenv("TRITON_INTERPRET", "1")
