@@ -71,6 +71,7 @@ Tensors3 routed_into(const Tensor& y, const Tensor& x, const Tensor& A, const Te
                      bool router_on_x, double p, const Optional& seed, const Tensor& out) {
   const c10::DeviceGuard guard(x.device());
   Common c = common(x, x, A, B, R, token_mask, scale, routing, router_on_x, p, seed);
+  check_factor("B", B, {B.size(0), y.size(-1), A.size(0)}, x, x.scalar_type());
   check_rows("y", y, x, B.size(1), x.scalar_type());
   if (routing == kStatic) {
     const Tensor given = weights.value_or(Tensor());

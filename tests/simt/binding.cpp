@@ -4,6 +4,7 @@
 // a wrong stride or size in a binding is found like a wrong index in a kernel; findings come back as a failed launch.
 #include <torch/extension.h>
 
+#include <chrono>
 #include <string>
 
 #include "cuda_ops.cpp"  // one translation unit: torch's headers are most of the work
@@ -124,6 +125,17 @@ const KernelTable table = {run<ForwardArgs, lowrank_forward>, run<BackwardArgs, 
                            run<RoutedArgs, lowrank_routed_forward>, run<RoutedArgs, lowrank_routed_backward>};
 std::unique_ptr<torch::Library> library;
 
+// Seconds per call of residual_add_ through the dispatcher, from C++: without Python's conversion of arguments.
+double seconds_per_call(Tensor y, const Tensor& x, const Tensor& A, const Tensor& B, int64_t calls) {
+  using Call = Tensor(Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, const Seed&, bool);
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("lowrank_fast::residual_add_", "").typed<Call>();
+  const pybind11::gil_scoped_release released;
+  const c10::InferenceMode inference;
+  const auto began = std::chrono::steady_clock::now();
+  for (int64_t i = 0; i < calls; i++) op.call(y, x, A, B, 1.0, 0.0, {}, false);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count() / static_cast<double>(calls);
+}
+
 }  // namespace
 
 const KernelTable& kernels_for(int) { return table; }
@@ -140,6 +152,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     lowrank::register_adds(*lowrank::library);
     lowrank::register_routed(*lowrank::library);
   });
+  m.def("seconds_per_call", &lowrank::seconds_per_call);
   m.def("unregister", [] { lowrank::library.reset(); });
   m.def("launches", [] { return lowrank::launches; }, "How many launches the harness has run.");
   m.def(
