@@ -59,7 +59,7 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (64, _ANY, Tile(64, 128, 0, 4, 3)),
             (_ANY, _ANY, Tile(32, 128, 0, 8, 3)),
         ],
-        4: [(_ANY, _ANY, Tile(16, 64, 0, 4, 3))],
+        4: [(32, _ANY, Tile(16, 64, 0, 4, 3)), (_ANY, _ANY, Tile(16, 64, 0, 8, 2))],
     },
     "expand": {
         2: [
@@ -82,7 +82,7 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
         2: [
             (32, _ANY, Tile(32, 0, 512, 8, 3)),
             (64, _ANY, Tile(32, 0, 256, 8, 3)),
-            (128, _ANY, Tile(32, 0, 128, 8, 3)),
+            (128, _ANY, Tile(32, 0, 64, 8, 3)),
         ],
         4: [(32, _ANY, Tile(16, 0, 64, 4, 3)), (128, _ANY, Tile(16, 0, 32, 4, 2))],
     },
@@ -103,24 +103,26 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (128, _ANY, Tile(32, 0, 128, 8, 3)),
             (_ANY, _ANY, Tile(16, 0, 64, 4, 2)),
         ],
-        4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (_ANY, _ANY, Tile(16, 0, 64, 4, 2))],
+        4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (_ANY, _ANY, Tile(16, 0, 64, 8, 2))],
     },
     "reduce": {
         2: [(16, _ANY, Tile(0, 0, 128, 4, 2)), (_ANY, _ANY, Tile(0, 0, 64, 4, 2))],
         4: [(16, _ANY, Tile(0, 0, 128, 4, 2)), (_ANY, _ANY, Tile(0, 0, 64, 4, 2))],
     },
 }
-# Rows that come first on one architecture: where the shared row spills (sm_100), does not fit 64 KB of shared memory or
-# spreads its tile so thin over waves of 64 that loads get narrow (gfx942).
+# Rows that come first on one architecture, where the shared row spills.
 _ARCHITECTURE_ROWS: dict[str, dict[str, dict[int, list[tuple[int, int, Tile]]]]] = {
     "sm_100": {
-        "residual_add": {2: [(16, 4096, Tile(32, 128, 128, 4, 4))]},
-        "shrink": {2: [(64, 2048, Tile(32, 128, 0, 4, 3))]},
+        "residual_add": {
+            2: [
+                (16, 128, Tile(16, 128, 64, 4, 4)),
+                (16, 2048, Tile(16, 128, 128, 4, 4)),
+                (16, 4096, Tile(32, 128, 128, 4, 4)),
+            ]
+        },
+        "shrink": {2: [(32, 2048, Tile(16, 128, 0, 4, 4)), (64, 2048, Tile(32, 128, 0, 4, 3))]},
     },
-    "gfx942": {
-        "residual_add": {2: [(64, 128, Tile(16, 128, 64, 2, 2))]},
-        "up": {2: [(16, _ANY, Tile(32, 0, 256, 8, 3))]},
-    },
+    "gfx942": {"up": {2: [(32, _ANY, Tile(32, 0, 256, 4, 2)), (64, _ANY, Tile(32, 0, 128, 4, 2))]}},
 }
 WIDEST = 128  # rank (or experts times padded rank, in backward) that one launch takes; more comes in several
 
@@ -143,9 +145,13 @@ def _tuned() -> dict[str, dict[str, dict[str, list[list]]]]:
 def _row(kernel: str, architecture: str, element_bytes: int, width: int, bucket: int) -> Tile:
     tuned = _tuned().get(architecture, {}).get(kernel, {}).get(str(element_bytes), [])
     special = _ARCHITECTURE_ROWS.get(architecture, {}).get(kernel, {}).get(element_bytes, [])
-    for widest, longest, tile in [*tuned, *special, *_ROWS[kernel][element_bytes]]:
+    for widest, longest, tile in [*tuned, *special]:
         if width <= widest and bucket <= longest:
             return Tile(*tile)
+    for widest, longest, tile in _ROWS[kernel][element_bytes]:
+        if width <= widest and bucket <= longest:
+            # gfx942: waves of 64 lanes, 64 KB of shared memory
+            return tile._replace(warps=tile.warps // 2, stages=2) if architecture == "gfx942" else tile
     raise ValueError(f"{kernel}: no launch row for width {width}, {element_bytes}-byte elements, T = {bucket}")
 
 

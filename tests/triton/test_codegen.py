@@ -87,10 +87,13 @@ def test_every_row_of_the_launch_table_is_compiled(architecture: str, monkeypatc
     for config in codegen.configurations():
         codegen.launches(config, architecture)
     special = table._ARCHITECTURE_ROWS.get(architecture, {})
+    half = architecture == "gfx942"
     for kernel, sizes in table._ROWS.items():
         for size, rows in sizes.items():
             first = special.get(kernel, {}).get(size, [])
             for widest, longest, tile in [*first, *rows]:
+                if half:
+                    tile = tile._replace(warps=tile.warps // 2, stages=2)
                 hidden = any(widest <= w and longest <= n and tile is not one for w, n, one in first)
                 assert hidden or (kernel, size, tile) in chosen, (kernel, size, widest, longest)
 
