@@ -126,8 +126,8 @@ def residual_add(
 
     Source: arXiv 2503.00572 (LoR2C), equation of the residual branch.
     """
-    if not torch.compiler.is_compiling() and backends.eager is not None and out is None and not dropout_p:
-        result: Tensor | None = backends.eager.residual_add(y, x, A, B, scale, inplace)  # the same, without Python
+    if not torch.compiler.is_compiling() and backends.eager is not None and not dropout_p:
+        result: Tensor | None = backends.eager.residual_add(y, x, A, B, scale, inplace, out)  # the same, without Python
         if result is not None:
             return result
     x = _like_stream(x, y)

@@ -113,11 +113,28 @@ def test_on_the_meta_device_every_function_gives_shapes_and_dtypes(problem, dtyp
 def test_the_way_around_python_is_taken_and_gives_the_same_bits(monkeypatch, recorded):
     y, x, A, B = ResidualAdd((5, 7)).tensors()[0].values()
     A.requires_grad_(recorded)
-    fast = backends.eager.residual_add(y, x, A, B, 0.5, False)
+    fast = backends.eager.residual_add(y, x, A, B, 0.5, False, None)
     monkeypatch.setattr(backends, "eager", None)
     slow = functional.residual_add(y, x, A, B, 0.5)
     assert fast.requires_grad == slow.requires_grad == recorded
     assert_same_bits(fast.detach(), slow.detach())
+
+
+@pytest.mark.skipif(_native.module() is None, reason="the C++ extension is not built")
+def test_the_way_around_python_writes_where_it_is_told():
+    y, x, A, B = ResidualAdd((5, 7)).tensors()[0].values()
+    expected = functional.residual_add(y, x, A, B, 0.5)
+    out = torch.full_like(y, float("nan"))
+    assert backends.eager.residual_add(y, x, A, B, 0.5, False, out) is out and out._version == 1
+    own = y.clone()
+    assert backends.eager.residual_add(own, x, A, B, 0.5, False, own) is own and own._version == 1
+    assert backends.eager.residual_add(y, x, A, B, 0.5, True, None) is y
+    for written in (out, own, y):
+        assert_same_bits(written, expected)
+    shifted = torch.zeros(y.numel() + 1)
+    assert (
+        backends.eager.residual_add(shifted[:-1].view(y.shape), x, A, B, 0.5, False, shifted[1:].view(y.shape)) is None
+    )
 
 
 class _Dispatched(TorchDispatchMode):
@@ -177,10 +194,16 @@ def test_the_profiler_sees_the_op():
         {"B": torch.zeros(40, 5)},
         {"y": None},
         {"inplace": True, "x": torch.zeros(6, 48)[:, ::2]},
+        {"inplace": True, "out": torch.zeros(6, 40)},
+        {"out": torch.zeros(6, 41)},
+        {"out": torch.zeros(6, 40, dtype=torch.bfloat16)},
+        {"out": torch.zeros(40).expand(6, 40)},
+        {"out": torch.zeros(6, 40, requires_grad=True)},
+        {"out": torch.zeros(6, 40), "A": torch.zeros(4, 24, requires_grad=True)},
     ],
     ids=lambda change: ",".join(change),
 )
 def test_the_way_around_python_leaves_everything_unusual_to_it(change):
     y, x, A, B = ResidualAdd().tensors()[0].values()
-    arguments = {"y": y, "x": x, "A": A, "B": B, "scale": 0.5, "inplace": False} | change
+    arguments = {"y": y, "x": x, "A": A, "B": B, "scale": 0.5, "inplace": False, "out": None} | change
     assert backends.eager.residual_add(*arguments.values()) is None
