@@ -459,9 +459,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_projection_backward(
           for (int64_t i = 0; i < rows; ++i) {
             const float *vi = v + i * vk, *ti = t_data + (row + i) * s.k, *wi = p_data + (row + i) * E;
             for (int64_t e = 0; e < E; ++e) {
-              float dot = 0.0f;
-              for (int64_t j = 0; j < s.k; ++j) dot += vi[e * s.k + j] * ti[j];
-              dw[e] = factor * dot;
+              double dot = 0.0;  // differences of these are what counts
+              for (int64_t j = 0; j < s.k; ++j) dot += double(vi[e * s.k + j]) * ti[j];
+              dw[e] = static_cast<float>(factor * dot);
             }
             softmax_backward(wi, dw.data(), 1.0f, E, dlogits_data + (row + i) * E);
             if (!u) continue;
@@ -504,7 +504,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> routed_projection_backward(
         dB.select(0, trained[i]).copy_(major ? from.view({s.k, s.d_out}).t() : from.view({s.d_out, s.k}));
       }
     }
-    Tensor dw = route || needs.dweights ? at::mm(G, bank.t()).contiguous() : Tensor();  // [samples, E]
+    Tensor dw;  // [samples, E]; for one expert BLAS would add the r d_out terms one after the other
+    if (route || needs.dweights) dw = E == 1 ? (G * bank).sum(1, true) : at::mm(G, bank.t()).contiguous();
     if (needs.dweights) dweights = dw.view({E}).clone();
     if (route) {
       const Means means = means_of(token_mask, s);

@@ -193,6 +193,12 @@ def test_token_routing_equals_its_concatenated_form(backend, dtype):
     assert_accurate("concatenated", concatenated, problem.eager()["out"], problem.truth()["out"], dtype)
 
 
+@pytest.mark.parametrize("experts", [1, 2])
+def test_the_gradient_of_a_weight_is_a_long_sum_that_keeps_its_digits(backend, experts):
+    problem = Routed((64,), 47, 4097, 16, needs=frozenset(("weights",)), experts=experts, routing="static")
+    problem.assert_solved_by(backend)
+
+
 @pytest.mark.parametrize(("lead", "rank", "experts"), [((48,), 64, 8), ((), 63, 7), ((5,), 50, 3)], ids=str)
 def test_hundreds_of_ranks_add_up_as_accurately_as_the_experts_one_by_one(backend, lead, rank, experts):
     """The update as one of rank `E r`, against the loop: one chain of so many sums would have twice its error."""
