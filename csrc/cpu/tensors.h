@@ -69,12 +69,6 @@ inline Rows rows_of(const Tensor& x) {
   return {owner, {owner.data_ptr(), stride, cols}, cols ? x.numel() / cols : 0};
 }
 
-inline void check_rows(const char* name, const Rows& rows, int64_t count, const Tensor& like) {
-  TORCH_CHECK(rows.count == count && rows.owner.scalar_type() == like.scalar_type() && rows.owner.is_cpu(),
-              "lowrank_fast: ", name, " must be a CPU tensor of ", count, " rows of ", like.scalar_type(), "; got ",
-              rows.count, " of ", rows.owner.scalar_type());
-}
-
 // The [k][d] factor of a parameter stored [k, d] (`d_dim` 1) or [d, k] (`d_dim` 0).
 inline Factor factor_of(const Tensor& p, int64_t d_dim, int64_t d) {
   TORCH_CHECK(p.dim() == 2 && p.is_cpu() && p.size(d_dim) == d, "lowrank_fast: a parameter of sizes ", p.sizes(),
