@@ -45,7 +45,7 @@ test-cuda-build: ## both extensions built against a CUDA torch in .venv-cuda, im
 test-oldest-triton: ## the Triton tests with the oldest Triton, which needs numpy < 2.4, in .venv-oldest-triton
 	[ -x $(OLDEST_VENV)/bin/python ] || $(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --constraint constraints-oldest-triton.txt $(TORCH_PIP_ARGS) \
-	  torch triton numpy rich pytest hypothesis
+	  torch triton numpy rich pytest pytest-benchmark hypothesis
 	TRITON_INTERPRET=1 PYTHONPATH=. $(OLDEST_VENV)/bin/python -m pytest tests/triton $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy and clang-format, changing nothing
