@@ -191,9 +191,7 @@ def test_a_failing_compile_leaves_a_pure_package_and_says_so_last(tree, monkeypa
     lines = [line.strip() for line in printed.splitlines()]
     ours = [line for line in lines if line.startswith("lowrank_fast: ") and "CUDA kernels" not in line]
     assert ours[0].startswith("lowrank_fast: C++ CPU kernels LEFT OUT, their build FAILED")
-    assert (
-        ours[1] == "lowrank_fast: the package works without them; LOWRANK_FAST_BUILD=1 turns this into an error"
-    )
+    assert ours[1] == "lowrank_fast: the package works without them; LOWRANK_FAST_BUILD=1 turns this into an error"
     assert printed.index("this does not compile") < printed.index("LEFT OUT")
 
 
