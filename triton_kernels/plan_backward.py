@@ -167,6 +167,8 @@ class Backward:
             width = max(width + plan.padded(self.experts), 64)
         sample = dx if dx is not None else self.g if self.x is None else self.x
         tile = plan.pick("down", arch, sample, width, T)
+        if self.seed is not None and tile.cols < 64:  # one word of Philox has four columns, 16 apart
+            tile = tile._replace(cols=64, warps=2 * tile.warps)
         down_tiles = plan.cdiv(D, tile.cols) if need_dx or need_dA or (need_dR and self.router == "x") else 0
         extra = int(need_dR and self.router == "t")
         per_run, self.down_runs = plan.runs(T // self.groups, tile, down_tiles + extra, self.groups, rank, arch)

@@ -112,6 +112,7 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
 }
 # Rows that come first on one architecture, where the shared row spills.
 _ARCHITECTURE_ROWS: dict[str, dict[str, dict[int, list[tuple[int, int, Tile]]]]] = {
+    "sm_80": {"down": {4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (_ANY, _ANY, Tile(16, 0, 32, 4, 3))]}},
     "sm_100": {
         "residual_add": {
             2: [
