@@ -54,33 +54,42 @@ def frozen_linear_of(base: nn.Module, x: Tensor) -> nn.Linear | None:
     return base
 
 
+def _stacked(blocks: Sequence[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks))
+
+
 class _Tap(torch.autograd.Function):
+    """The blocks are stacked in forward and again in backward, so that no copy of them is kept in between."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, A: Tensor, dropout_p: float, seed: Tensor | None, backend: str
+        ctx: Any, x: Tensor, dropout_p: float, seed: Tensor | None, backend: str, *blocks: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, A, seed)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[4:]) else None, seed, *blocks)
         ctx.settings = (dropout_p, x.dtype, backend)
         ctx.set_materialize_grads(False)
-        return backends.namespace(backend).shrink(x, A, dropout_p, seed), x
+        return backends.namespace(backend).shrink(x, _stacked(blocks), dropout_p, seed), x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dt: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
-        need_x, need_A = ctx.needs_input_grad[:2]
-        dA = None
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        d_blocks: list[Tensor | None] = [None] * len(needs)
         if dt is not None:
-            x, A, seed = ctx.saved_tensors
+            x, seed, *blocks = ctx.saved_tensors
             dropout_p, dtype, backend = ctx.settings
-            ops = backends.namespace(backend)
+            ops, A = backends.namespace(backend), _stacked(blocks)
             apart = need_x and (dx is None or dropout_p > 0.0)  # dropout masks dx: no plain product
-            if apart or need_A:
-                own, dA = ops.shrink_backward(dt, x, A, dropout_p, seed, dtype, apart, need_A)
+            if apart or any(needs):
+                own, dA = ops.shrink_backward(dt, x, A, dropout_p, seed, dtype, apart, any(needs))
+            if any(needs):
+                parts = dA.split([block.shape[0] for block in blocks])
+                d_blocks = [part if need else None for part, need in zip(parts, needs, strict=True)]
             if apart:
                 dx = own if dx is None else dx.add_(own)
             elif need_x:
                 ops.expand_add_(dx, dt, A.mT, 1.0)
-        return dx if need_x else None, dA if need_A else None, None, None, None
+        return dx if need_x else None, None, None, None, *d_blocks
 
 
 class Hidden:
@@ -100,14 +109,14 @@ class Hidden:
 def shrink_rows(x: Tensor, blocks: Sequence[Tensor], dropout_p: float = 0.0) -> Hidden:
     """`dropout(x) A_i^T` for row blocks `A_i [r_i, d_in]` of one dtype, in one pass over `x [.., d_in]`."""
     matched = [dtype_for(block, x) for block in blocks]
-    A = matched[0] if len(matched) == 1 else torch.cat(matched)
     if torch.is_grad_enabled():
         checks.single("shrink", "x", x)
-        checks.down("shrink", A, x)
+        for block in matched:
+            checks.down("shrink", block, x)
         seed = dropout_seed(x.device) if dropout_p > 0.0 else None
-        t, alias = _Tap.apply(x, A, dropout_p, seed, backends.select(x))
+        t, alias = _Tap.apply(x, dropout_p, seed, backends.select(x), *matched)
     else:
-        t, alias = shrink(x, A, dropout_p=dropout_p, training=dropout_p > 0.0), x
+        t, alias = shrink(x, _stacked(matched), dropout_p=dropout_p, training=dropout_p > 0.0), x
     parts = [t] if len(matched) == 1 else list(t.split([block.shape[0] for block in matched], -1))
     return Hidden(parts, [alias if x.requires_grad else x])
 
