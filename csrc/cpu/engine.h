@@ -163,7 +163,7 @@ inline void outer_few(const Kernels& table, const Rows& x, int64_t count, const 
       table.outer(x.from(row), rows, z + row * pad_rank(k), pad_rank(k), sums, ld, row > 0, from, to, drop, row);
     });
   };
-  if (count > 0 && targets.size() == 1 && targets[0].data && table.shrink_panel.natural &&
+  if (count > 0 && targets.size() == 1 && targets[0].data && targets[0].k == k && table.shrink_panel.natural &&
       is_panel(targets[0], table.unit))
     return add_up(static_cast<float*>(targets[0].data), targets[0].stride_k, begin, end);
   const int64_t ld = table.sums_ld(kPackColumns);
