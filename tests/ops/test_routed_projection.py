@@ -14,6 +14,7 @@ from lowrank_fast import functional, use_backend
 from ..support.accuracy import assert_accurate, assert_all_accurate, assert_same_bits
 from ..support.memory import ACTIVATION_LAYOUTS, guarded, poisoned_memory
 from ..support.problems import ResidualAdd, Routed, evaluate
+from ..support.process import run_python
 from ..support.strategies import routed
 from ..support.targets import KERNEL_DTYPES, device_of
 
@@ -291,3 +292,17 @@ def test_static_weights_of_any_floating_dtype_get_gradients_of_it(backend, weigh
     expected = torch.stack([(t @ B[e].double().T).sum() for e in range(3)])
     tolerance = 1e-2 if weights_dtype is torch.bfloat16 else 1e-5
     torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_gradient_of_a_alone_stays_within_a():
+    """A router on x shares the pass over x with A: its rows are summed beside those of A and must not be written."""
+    code = """if True:
+        import torch
+        from lowrank_fast import routed_projection
+        y, x, bank, R = torch.ones(5, 48), torch.randn(5, 64), torch.randn(4, 48, 4), torch.randn(4, 64)
+        for _ in range(300):
+            A = torch.randn(4, 64, requires_grad=True)
+            torch.autograd.grad(routed_projection(y, x, A, bank, R, routing="token", router_input="x").sum(), A)
+    """
+    result = run_python(code)  # a process of its own: what is written past the end of dA is the allocator's
+    assert result.returncode == 0, result.stderr
