@@ -22,6 +22,22 @@ struct Expand {  // out = y + z Q; y null: out = z Q, through dropout's mask
   PanelSource Q;
   int64_t k;
   Dropout drop;
+
+  // rows [row, row + rows) of columns [begin, end), from z [rows][pad_rank(k)]
+  void block(const Kernels& table, int64_t row, int64_t rows, const float* z, Panel panel, int64_t begin,
+             int64_t end) const {
+    Matrix from;
+    if (y) from = y->from(row);
+    table.expand(y ? &from : nullptr, out.from(row), rows, z, panel, pad_rank(k), begin, end, drop, row);
+  }
+  // the only row, without a panel; false where these factors or columns need one
+  bool only_row(const Kernels& table, const float* z, int64_t begin, int64_t end) const {
+    if (drop.on) return false;
+    Matrix from;
+    if (y) from = y->from(0);
+    return table.expand_row(y ? &from : nullptr, out.from(0), z, Q.stack().data(),
+                            static_cast<int64_t>(Q.stack().size()), begin, end);
+  }
 };
 
 // f(panel, begin, end) over pieces of columns [begin, end) of the source, packed as they come.
@@ -56,15 +72,16 @@ inline void shrink_few(const Kernels& table, const Rows& x, const PanelSource& P
 // Rows of a block. Few, so that its streams stay in the second-level cache from fetch to use; many where the panels do
 // not stay there beside them, so that they are read less often. Sums are written too, so they want more rows to a
 // visit.
+constexpr int64_t kPanelsStay = 128 * 1024;  // floats of panels that stay: half a megabyte of the cache
 inline int64_t medium_rows(const Kernels& table) { return std::min<int64_t>(32, table.most_rows); }
 
 inline int64_t forward_rows(const Kernels& table, int64_t panel_floats, int64_t ranks) {
-  if (panel_floats < 128 * 1024) return table.light_rows;
+  if (panel_floats < kPanelsStay) return table.light_rows;
   return ranks <= kRankBlock / 2 ? table.most_rows : medium_rows(table);
 }
 
 inline int64_t backward_rows(const Kernels& table, int64_t panel_and_sum_floats, int64_t ranks) {
-  if (panel_and_sum_floats >= 256 * 1024 && ranks <= kRankBlock / 2) return table.most_rows;
+  if (panel_and_sum_floats >= 2 * kPanelsStay && ranks <= kRankBlock / 2) return table.most_rows;
   return ranks <= 16 ? table.light_rows : medium_rows(table);
 }
 
@@ -82,21 +99,10 @@ void forward_few(const Kernels& table, int64_t threads, int64_t count, const Shr
   const int64_t cols = second->out.matrix.cols,
                 row_equivalents = count + 16;  // packing a column costs about 16 rows of it
   split(thread_count(row_equivalents * zk * cols, cols / 64), cols, 64, [&](int64_t, int64_t begin, int64_t end) {
-    if (count == 1 && !second->drop.on) {
-      const std::vector<Factor>& stack = second->Q.stack();
-      Matrix y;
-      if (second->y) y = second->y->from(0);
-      if (table.expand_row(second->y ? &y : nullptr, second->out.from(0), z, stack.data(), int64_t(stack.size()), begin,
-                           end))
-        return;
-    }
+    if (count == 1 && second->only_row(table, z, begin, end)) return;
     pieces(second->Q, begin, end, [&](Panel panel, int64_t from, int64_t to) {
-      blocks(0, count, table.most_rows, [&](int64_t row, int64_t rows) {
-        Matrix y;
-        if (second->y) y = second->y->from(row);
-        table.expand(second->y ? &y : nullptr, second->out.from(row), rows, z + row * zk, panel, zk, from, to,
-                     second->drop, row);
-      });
+      blocks(0, count, table.most_rows,
+             [&](int64_t row, int64_t rows) { second->block(table, row, rows, z + row * zk, panel, from, to); });
     });
   });
 }
@@ -122,10 +128,7 @@ void forward(int64_t count, const Shrink* first, const Expand* second, const Mid
     blocks(begin, end, block, [&](int64_t row, int64_t rows) {
       if (first) table.shrink(first->x.from(row), rows, P, tk, t, first->drop, row, 0, x_cols);
       middle(row, rows, first ? t : nullptr, second ? z : nullptr);
-      if (!second) return;
-      Matrix y;
-      if (second->y) y = second->y->from(row);
-      table.expand(second->y ? &y : nullptr, second->out.from(row), rows, z, Q, zk, 0, y_cols, second->drop, row);
+      if (second) second->block(table, row, rows, z, Q, 0, y_cols);
     });
   });
 }
