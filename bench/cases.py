@@ -95,13 +95,15 @@ class Inputs:
 
     `x [T, d_in]`, `y [T, d_out]`, `A [r, d_in]`, `B [d_out, r]`; routed: a bank `B [E, d_out, r]` and a router
     `R [E, r]` or `[E, d_in]`. Batch routing stores the bank as PEFT's Lily does, `bank [E r, d_out]`, and `B` is a view
-    of it. `g [T, d_out]` is the gradient of the output; `out` and `work` are buffers to be written into.
+    of it. `g [T, d_out]` is the gradient of the output; `out` and `work` are buffers to be written into. The numbers
+    are the same on every device.
     """
 
     scale = SCALE
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, device: torch.device | str = "cpu") -> None:
         p = self.problem = problem
+        self.device = device
         self._random = torch.Generator().manual_seed(zlib.crc32(repr(problem).encode()))
         self.x = self._normal(p.tokens, p.d_in)
         self.y = self._normal(p.tokens, p.d_out)
@@ -118,7 +120,7 @@ class Inputs:
             self.R = self._normal(p.experts, p.d_in, by=p.d_in**-0.5)
 
     def _normal(self, *shape: int, by: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=self._random) * by).to(self.problem.dtype)
+        return (torch.randn(*shape, generator=self._random) * by).to(self.device, self.problem.dtype)
 
     @cached_property
     def g(self) -> Tensor:

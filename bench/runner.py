@@ -180,13 +180,14 @@ def run_case(
             calibrate(running)
             left = budget - (time.perf_counter() - started)
             alternate(running, rounds_for(running, max(left, budget / 2)), order)
-    records = _records(case, entries)
+    records = records_of(case, entries)
     entries.clear()
     torch._dynamo.reset()  # each case compiles functions of its own; without this the recompile limit stops later ones
     return records
 
 
-def _records(case: Case, entries: Sequence[Entry]) -> list[Record]:
+def records_of(case: Case, entries: Sequence[Entry]) -> list[Record]:
+    """A record for every entry, timed or not."""
     summaries = {e.provider.name: summarize(e.seconds) for e in entries if e.seconds}
     shared = environment.snapshot()
     return [

@@ -254,6 +254,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"lowrank-fast codegen: no {name} kernels: {reasons[name]}", file=sys.stderr)
     possible = [name for name in wanted if not reasons[name]]
     configs = configurations(args.quick)
+    cuda_configs = configs if args.quick else [*configs, *cuda_codegen.configurations()]
 
     def progress(done: int, of: int) -> None:
         if sys.stderr.isatty():
@@ -271,7 +272,7 @@ def run(args: argparse.Namespace) -> int:
         sound = not any(faults(row) for row in kernels)
     if "cuda" in possible:
         rows = cuda_codegen.rows(
-            cuda_codegen.compiled_facts(args.jobs), configs, args.arch or cuda_codegen.ARCHITECTURES
+            cuda_codegen.compiled_facts(args.jobs), cuda_configs, args.arch or cuda_codegen.ARCHITECTURES
         )
         kernels += rows
         texts.append(cuda_table(rows))

@@ -175,6 +175,23 @@ def launches(config: Any, arch: str) -> list[Launch]:
 # ------------------------------------------------------------------------------------------------ the table
 
 
+def configurations() -> list[Any]:
+    """Calls that launch every kernel that ships: each dtype, each rank of the templates, few rows and many."""
+    from .codegen import Config  # which imports this module
+
+    def call(op: str, direction: str, T: int, rank: int, dtype: str) -> Config:
+        return Config(op, direction, T, 4096, rank, 4, dtype, dtype, "t", False)
+
+    found = []
+    for dtype in DTYPES:
+        for rank in (16, 32, 64, 128):
+            found += [call("residual", "forward", T, rank, dtype) for T in (128, 8192)]
+            found += [call(op, "backward", 8192, rank, dtype) for op in ("residual", "batch", "static", "dB")]
+            found.append(call("residual", "backward", 8192, rank, dtype)._replace(d=1024))
+        found += [call("batch", "forward", 8192, 16, dtype), call("token", "backward", 8192, 16, dtype)]
+    return found
+
+
 def unavailable_reason() -> str | None:
     """Why there are no CUDA rows here, in one line; None when there are."""
     if not (ROOT / "csrc" / "cuda").is_dir():

@@ -56,6 +56,6 @@ step tests "$PYTHON_GPU" -m pytest tests -q
 step sanitizer bash -c sanitizer
 step verify "$PYTHON_GPU" -m lowrank_fast verify --json "$folder/verify.json"
 step codegen "$PYTHON_GPU" -m lowrank_fast codegen --kernels cuda --json "$folder/codegen.json" --table "$folder/codegen.md"
-step bench "$PYTHON_GPU" -m lowrank_fast bench --out "$folder/bench"
+step bench "$PYTHON_GPU" -m lowrank_fast.bench.gpu.measure --out "$folder/bench"
 echo "results in $folder; $failed step(s) failed"
 [ "$failed" -eq 0 ]

@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "../row_stride.h"
 #include "dispatch.h"
 
 namespace lowrank {
@@ -40,25 +41,6 @@ struct Rows {
   Rows slice(int64_t row, int64_t rows) const { return {owner, from(row), rows}; }
   Matrix from(int64_t row) const { return {const_cast<void*>(at(row)), matrix.stride, matrix.cols}; }
 };
-
-inline bool single_row_stride(const Tensor& x, int64_t& stride) {
-  const int64_t last = x.dim() - 1;
-  if (x.size(last) > 1 && x.stride(last) != 1) return false;
-  stride = x.size(last);
-  bool first = true;
-  int64_t expected = 0;
-  for (int64_t i = last - 1; i >= 0; --i) {
-    if (x.size(i) == 1) continue;
-    if (first) {
-      stride = x.stride(i);
-      first = false;
-    } else if (x.stride(i) != expected) {
-      return false;
-    }
-    expected = x.stride(i) * x.size(i);
-  }
-  return true;
-}
 
 inline Rows rows_of(const Tensor& x) {
   TORCH_CHECK(x.dim() >= 1, "lowrank_fast: activations must have at least one dimension");

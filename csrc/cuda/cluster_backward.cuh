@@ -34,13 +34,12 @@ struct ClusterParams {
 // 256 threads. Bytes = A and B: 2 block_n (R + pad) + 2 stages * (g and x: 2 * 32 (block_n + pad) + t: 32 (R + pad))
 // + sums of 4 warps: 4 * 32 R floats + shares of u: 2 * 32 R floats + u: 32 (R + pad).
 //
-//   R   block_n (16-bit / fp32)  16-bit bytes                                         accumulators dA + dB, widest d
-//   16  512 / 256                49152 + 2 * 68096 + 8192 + 4096 + 1536 = 199168      32 + 32,               4096 /
-//   2048 32  256 / 128                40960 + 2 * 36352 + 16384 + 8192 + 2560 = 140800     32 + 32,               2048
-//   / 1024
+//   R   block_n (16-bit / fp32)  16-bit bytes                                      accumulators dA + dB   widest d
+//   16  512 / 256                49152 + 2 * 68096 + 8192 + 4096 + 1536 = 199168   32 + 32                4096 / 2048
+//   32  256 / 128                40960 + 2 * 36352 + 16384 + 8192 + 2560 = 140800  32 + 32                2048 / 1024
 template <class E, int R>
 struct ClusterTuning {
-  static constexpr int threads = 256, warps = 8, block_m = 32, stages = 2, max_blocks = 8;
+  static constexpr int threads = 256, warps = 8, block_m = 32, stages = 2;
   static constexpr int block_n = (R > 16 ? 512 : 1024) / static_cast<int>(sizeof(E));
   static constexpr int ld_n = padded<E>(block_n), ld_r = padded<E>(R);
   static constexpr int column_groups = warps, grad_m = block_n / 16 / warps, grad_n = R / 8;
@@ -66,13 +65,8 @@ template <class C, int R, class E>
 SIMT_DEVICE void gather_shares(E* u_tile, const float* share, int blocks, float u_scale) {
   SIMT_NO_UNROLL
   for (int i = 4 * thread_id(); i < C::block_m * R; i += 4 * C::threads) {
-    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    SIMT_NO_UNROLL
-    for (int block = 0; block < blocks; block++) {
-      const Vec16 part = load16_cluster(&share[i], block);
-      SIMT_UNROLL
-      for (int j = 0; j < 4; j++) sum[j] += bits_to_float(part.word[j]);
-    }
+    float sum[4];
+    add_shares(sum, share, i, blocks);
     E* at = &u_tile[i / R * C::ld_r + i % R];
     store_pair(at, u_scale * sum[0], u_scale * sum[1]);
     store_pair(at + 2, u_scale * sum[2], u_scale * sum[3]);
@@ -129,10 +123,7 @@ cluster_backward_kernel(const ClusterParams p) {
     sync_block();  // tile i has landed for all threads, tile i - 1 is stored
     load(i + 1);
     multiply_rows<C>(dB, g_tile, t_tile);
-    multiply_columns<C, R>(g_tile, b_slice, sums);
-    SIMT_NO_UNROLL
-    for (int j = thread_id(); j < C::block_m * R; j += C::threads) share[j] = quarter_sum<C, R>(sums, j);
-    sync_cluster();  // the shares of tile i are complete everywhere
+    make_share<C, R>(g_tile, b_slice, sums, share);
     gather_shares<C, R>(u_tile, share, blocks, p.u_scale);
     if (p.dropout.seed) {
       drop_tile<E, C::block_m, C::block_n, C::threads>(x_tile, row0, col0, rows, p.dropout);

@@ -1,16 +1,19 @@
 // The column kernel: everything that needs a tensor of shape [T, cols] in backward, from one tile of it in shared
 // memory.
 //
-//   pass 1 (kRows):  X = g, Z = t, W = B:   dB partial += g^T t     and   u partial = g B     (one read of g)
-//   pass 2 (kOut):   X = x, Z = u, W = A:   dA partial += x^T u     and   dx = u A            (one read of x, one write
-//   of dx)
+//   pass 1 (kRows):  X = g, Z = t, W = B:   dB partial += g^T t     and   u partial = s g B     (one read of g)
+//   pass 2 (kOut):   X = x, Z = u, W = A:   dA partial += x^T u     and   dx = u A     (one read of x, one write of dx)
+//
+// kClusterRows is kRows on sm_90 and later: the blocks of up to 8 neighbouring column slices form a cluster and add
+// their shares of u through distributed shared memory, so that one partial leaves per cluster; a cluster that covers
+// all columns writes u itself.
 //
 // A block owns `block_n` columns and a range of rows, which it walks in tiles of 32 rows through a ring of cp.async
 // stages. The tile X [32, block_n] feeds X^T Z through ldmatrix.trans and X W through plain ldmatrix; the accumulators
 // of X^T Z stay in registers over the whole walk. W [block_n, R] is loaded once. Sums over columns (u) and over rows
 // (dA, dB) leave as fp32 partials, [column slice, T, rank] and [row split, cols, rank], and are added in a fixed order
 // by reduce.cuh: no atomics, same bits every run. Partial traffic of u relative to one read of g: 8 rank / (block_n *
-// element size).
+// element size), by a cluster of n blocks an n-th of it.
 //
 // Grid: (column slices, row splits, segments). A segment is a range of rows with its own W and its own sums.
 #pragma once
@@ -19,7 +22,7 @@
 namespace lowrank {
 namespace LOWRANK_ARCH {
 
-enum ColumnMode { kRows = 1, kOut = 2 };
+enum ColumnMode { kRows = 1, kOut = 2, kClusterRows = 3 };
 
 struct ColumnParams {
   const void* x;  // [T, cols]; not read when grad and row_sums are null
@@ -31,13 +34,14 @@ struct ColumnParams {
   Factor W, W_upper;       // [rank, cols]
   int64_t W_segment_stride;
   float* grad;                                           // [segments * splits, cols, rank], or null
-  float* row_sums;                                       // kRows: [slices, T, rank], or null
+  float* row_sums;                                       // [slices or clusters, T, rank] = scale * X W, or null
   void* out;                                             // kOut: [T, cols], or null
   int64_t out_stride, tokens, segment_rows, split_rows;  // split_rows: multiple of 32
   int cols, rank, z_rank, W_split, W_access;
   int x_vec, out_vec;
-  float scale;     // kOut: out = scale * Z W
+  float scale;     // also of kOut: out = scale * Z W
   int accumulate;  // kOut: add to out instead of replacing it
+  int blocks;      // kClusterRows: of a cluster
   Dropout drop_x, drop_out;
 };
 
@@ -50,11 +54,16 @@ struct ColumnParams {
 //   32   256 / 128                20480 + 3 * 19456 + 16384 = 95232      32 + 16
 //   64   256 / 128                36864 + 2 * 21504 + 0     = 79872      64 + 16
 //   128  128 / 64                 34816 + 2 * 17408 + 0     = 69632      64 + 16
+//
+// kClusterRows has three stages and the sums for every R, and two buffers for shares of u: 2 * 32 R floats more.
+//
+//   16   75776 + 4096 = 79872     32   95232 + 8192 = 103424     64   134144 + 16384 = 150528
+//   128  152576 + 32768 = 185344 (fp32 208896)                   accumulators with R / 2 for u: at most 64 + 64
 template <class E, int R, int mode>
 struct ColumnTuning {
-  static constexpr int threads = 256, warps = 8, block_m = 32, stages = R > 32 ? 2 : 3;
+  static constexpr int threads = 256, warps = 8, block_m = 32, stages = R > 32 && mode != kClusterRows ? 2 : 3;
   static constexpr int block_n = (R > 64 ? 256 : 512) / static_cast<int>(sizeof(E));
-  static constexpr bool has_row_sums = mode == kRows && R <= 32;
+  static constexpr bool has_row_sums = mode == kClusterRows || (mode == kRows && R <= 32);
   static constexpr int ld_n = padded<E>(block_n), ld_r = padded<E>(R);
   // X^T Z: 16-column tiles of X are divided among groups of warps; warps of one group divide the rank.
   static constexpr int column_tiles = block_n / 16, column_groups = column_tiles < warps ? column_tiles : warps;
@@ -66,8 +75,9 @@ struct ColumnTuning {
   static constexpr size_t x_bytes = block_m * ld_n * sizeof(E), z_bytes = block_m * ld_r * sizeof(E);
   static constexpr size_t stage = x_bytes + z_bytes;
   static constexpr size_t sums = has_row_sums ? 4 * block_m * R * sizeof(float) : 0;
-  static constexpr size_t shared_bytes = w_bytes + stages * stage + sums;
-  static_assert(shared_bytes <= 99 * 1024, "sm_86 and sm_89 give a block 99 KiB");
+  static constexpr size_t share = mode == kClusterRows ? block_m * R * sizeof(float) : 0;
+  static constexpr size_t shared_bytes = w_bytes + stages * stage + sums + 2 * share;
+  static_assert(shared_bytes <= (mode == kClusterRows ? 227 : 99) * 1024, "sm_86 and sm_89: 99 KiB, sm_90: 227 KiB");
 };
 
 // Z tile [32, R] <- z rows, converted; w (x) z for token routing; zero outside.
@@ -127,7 +137,47 @@ SIMT_DEVICE void sum_columns(const ColumnParams& p, const E* x_tile, const E* w_
   SIMT_NO_UNROLL
   for (int i = thread_id(); i < C::block_m * R; i += C::threads) {
     int row = i / R, k = i % R;
-    if (row < rows && k < p.rank) target[row * p.rank + k] = quarter_sum<C, R>(sums, i);
+    if (row < rows && k < p.rank) target[row * p.rank + k] = p.scale * quarter_sum<C, R>(sums, i);
+  }
+}
+
+// share [32, R] <- X W of this block's columns. Ends with a barrier of the cluster.
+template <class C, int R, class E>
+SIMT_DEVICE void make_share(const E* x_tile, const E* w_tile, float* sums, float* share) {
+  multiply_columns<C, R>(x_tile, w_tile, sums);
+  SIMT_NO_UNROLL
+  for (int i = thread_id(); i < C::block_m * R; i += C::threads) share[i] = quarter_sum<C, R>(sums, i);
+  sync_cluster();  // the shares are complete everywhere
+}
+
+// Elements i to i + 3 of the sum of all shares of the cluster, added in rank order.
+SIMT_DEVICE void add_shares(float (&sum)[4], const float* share, int i, int blocks) {
+  SIMT_UNROLL
+  for (int j = 0; j < 4; j++) sum[j] = 0.0f;
+  SIMT_NO_UNROLL
+  for (int block = 0; block < blocks; block++) {
+    const Vec16 part = load16_cluster(&share[i], block);
+    SIMT_UNROLL
+    for (int j = 0; j < 4; j++) sum[j] += bits_to_float(part.word[j]);
+  }
+}
+
+// row_sums [cluster, rows, rank] <- X W over the columns of the cluster, whose blocks divide the elements. Its share is
+// written again only after the next call's barrier but one, which follows the last reading of it.
+template <class E, int R>
+SIMT_DEVICE void sum_cluster(const ColumnParams& p, const E* x_tile, const E* w_tile, float* sums, float* share,
+                             int64_t row0, int rows) {
+  using C = ColumnTuning<E, R, kClusterRows>;
+  make_share<C, R>(x_tile, w_tile, sums, share);
+  float* target = p.row_sums + (block_id().x / p.blocks * p.tokens + row0) * p.rank;
+  SIMT_NO_UNROLL
+  for (int i = 4 * (C::threads * cluster_rank() + thread_id()); i < C::block_m * R; i += 4 * C::threads * p.blocks) {
+    float sum[4];
+    add_shares(sum, share, i, p.blocks);
+    const int row = i / R, k = i % R;
+    SIMT_UNROLL
+    for (int j = 0; j < 4; j++)
+      if (row < rows && k + j < p.rank) target[row * p.rank + k + j] = p.scale * sum[j];
   }
 }
 
@@ -210,6 +260,7 @@ column_kernel(const ColumnParams p) {
   char* shared = shared_memory();
   E* w_tile = reinterpret_cast<E*>(shared);
   float* sums = reinterpret_cast<float*>(shared + C::w_bytes + C::stages * C::stage);
+  float* shares = sums + C::sums / sizeof(float);
   auto x_stage = [&](int i) { return reinterpret_cast<E*>(shared + C::w_bytes + i % C::stages * C::stage); };
   const E* x = static_cast<const E*>(p.x);
   const int col0 = block_id().x * C::block_n;
@@ -253,7 +304,9 @@ column_kernel(const ColumnParams p) {
       }
       multiply_rows<C>(acc, x_tile, z_tile);
     }
-    if constexpr (C::has_row_sums) {
+    if constexpr (mode == kClusterRows) {
+      sum_cluster<E, R>(p, x_tile, w_tile, sums, shares + i % 2 * C::block_m * R, row0, rows);
+    } else if constexpr (C::has_row_sums) {
       if (p.row_sums) sum_columns<E, R, mode>(p, x_tile, w_tile, sums, row0, rows);
     }
     if (mode == kOut && p.out) {
@@ -262,6 +315,7 @@ column_kernel(const ColumnParams p) {
     }
   }
   cp_async_wait<0>();
+  if constexpr (mode == kClusterRows) sync_cluster();  // nobody reads this block's shares any more
   if (p.grad) {
     const int split = block_id().z * grid_blocks().y + block_id().y;
     write_gradient<C>(p.grad + int64_t(split) * p.cols * p.rank, acc, col0, p.cols, p.rank);

@@ -5,7 +5,9 @@
 #include <torch/library.h>
 
 #include <string>
+#include <type_traits>
 
+#include "../row_stride.h"
 #include "types.h"
 
 namespace lowrank {
@@ -26,18 +28,19 @@ const char* error_text(int error);
 void register_adds(torch::Library& library);
 void register_routed(torch::Library& library);
 
-// Sizes the workspace, takes it from torch's caching allocator, launches.
+// Sizes the workspace, takes it from torch's caching allocator, launches. `forward` is known to need none.
 template <class Args>
 void launch(size_t (*KernelTable::*plan)(const Args&, void*, void*, int*), const Args& args, const Tensor& like) {
   const int device = like.device().index();
   const KernelTable& table = kernels_for(device);
   int error = 0;
-  const auto bytes = static_cast<int64_t>((table.*plan)(args, nullptr, nullptr, &error));
   Tensor workspace;
   void* base = reinterpret_cast<void*>(uintptr_t(256));  // not null, never read: this plan needs no workspace
-  if (bytes) {
-    workspace = at::empty({bytes}, like.options().dtype(at::kByte));
-    base = workspace.mutable_data_ptr();
+  if constexpr (!std::is_same_v<Args, ForwardArgs>) {
+    if (const auto bytes = static_cast<int64_t>((table.*plan)(args, nullptr, nullptr, &error))) {
+      workspace = at::empty({bytes}, like.options().dtype(at::kByte));
+      base = workspace.mutable_data_ptr();
+    }
   }
   (table.*plan)(args, base, current_stream(device), &error);
   TORCH_CHECK(error == 0, "lowrank_fast: CUDA launch failed: ", error_text(error));
@@ -87,14 +90,23 @@ inline void check_flat(const char* name, const Tensor& t, int64_t count, at::Sca
 inline bool takes(at::ScalarType type) { return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf; }
 inline int32_t code(at::ScalarType type) { return type == at::kFloat ? kF32 : type == at::kBFloat16 ? kBf16 : kF16; }
 
-// [.., d] as [T, d] with unit inner stride; a copy only where no row stride fits.
-inline Tensor as_rows(const Tensor& x) {
-  Tensor rows = x.reshape({-1, x.size(-1)});
-  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
-}
-inline Rows rows_of(const Tensor& rows) {
-  return rows.defined() && rows.numel() ? Rows{rows.data_ptr(), rows.stride(0)} : Rows{};
-}
+// The rows of an activation tensor [.., d] that is read, absent where it is undefined or empty: its own memory (no view
+// is made of it), or a copy, kept as long as this lives, where no row stride fits.
+class RowsRead {
+ public:
+  explicit RowsRead(const Tensor& x) {
+    if (!x.defined() || !x.numel()) return;
+    int64_t stride;
+    const bool direct = single_row_stride(x, stride);
+    if (!direct) copy_ = x.contiguous();
+    rows_ = {const_cast<void*>((direct ? x : copy_).const_data_ptr()), direct ? stride : x.size(-1)};
+  }
+  const Rows& rows() const { return rows_; }
+
+ private:
+  Tensor copy_;
+  Rows rows_ = {};
+};
 
 enum Kind { kDown, kUp, kBank };  // A [r, n]; B [n, r] (or R [E, n]: element (n, E)); [E, n, r]
 
@@ -140,7 +152,15 @@ inline float* floats(const Tensor& t) { return t.defined() && t.numel() ? static
 inline const bool* flags(const Tensor& t) {
   return t.defined() && t.numel() ? static_cast<const bool*>(t.data_ptr()) : nullptr;
 }
-inline Tensor none(const at::TensorOptions& options) { return at::empty({0}, options); }
+
+// What an op returns in the place of a result that was not asked for: [0], made without the dispatcher, which an empty
+// tensor on the device would take half of the way to a launch.
+inline Tensor none(const Tensor& like, at::ScalarType type) {
+  c10::Storage nothing(c10::Storage::use_byte_size_t(), 0, c10::DataPtr(nullptr, like.device()), nullptr, false);
+  const c10::DispatchKeySet key(c10::computeDispatchKey(type, c10::kStrided, like.device()));
+  return Tensor(c10::make_intrusive<c10::TensorImpl>(std::move(nothing), key, c10::scalarTypeToTypeMeta(type)));
+}
+inline Tensor none(const Tensor& like) { return none(like, like.scalar_type()); }
 
 // Whether the kernels take a call: float32, bfloat16 or float16, `rank` (of the widest factor) within the templates, no
 // empty dimension. Everything else is the fallback's.
@@ -150,16 +170,24 @@ inline bool fits(at::ScalarType type, int64_t tokens, std::initializer_list<int6
   return takes(type) && tokens > 0 && rank > 0 && rank <= kMaxRank;
 }
 
-// Memory for `out` that one row stride can address: `out` itself, or rows to be copied into it (`finish`).
-struct OutRows {
-  Tensor out, rows;
-  explicit OutRows(const Tensor& target) : out(target) {
-    const bool direct = out.is_contiguous() || (out.dim() == 2 && out.stride(1) == 1);
-    rows = direct ? as_rows(out) : at::empty({out.numel() / out.size(-1), out.size(-1)}, out.options());
+// The rows of a tensor [.., d] that is written: its own memory, or where no row stride fits, rows that `finish` copies.
+class RowsWritten {
+ public:
+  explicit RowsWritten(const Tensor& out) : out_(out) {
+    int64_t stride;
+    const bool direct = single_row_stride(out, stride);
+    if (!direct) copy_ = at::empty(out.sizes(), out.options());
+    rows_ = {(direct ? out : copy_).mutable_data_ptr(), direct ? stride : out.size(-1)};
   }
+  const Rows& rows() const { return rows_; }
   void finish() const {
-    if (rows.data_ptr() != out.data_ptr()) out.copy_(rows.view(out.sizes()));
+    if (copy_.defined()) out_.copy_(copy_);
   }
+
+ private:
+  const Tensor& out_;
+  Tensor copy_;
+  Rows rows_;
 };
 
 }  // namespace lowrank

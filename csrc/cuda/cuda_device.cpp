@@ -1,8 +1,10 @@
 // The Python module, and what the bindings ask of the device: the kernels for it, torch's current stream on it.
 #include <pybind11/pybind11.h>
 
-#include <map>
-#include <mutex>
+#include <array>
+#include <atomic>
+#include <iterator>
+#include <utility>
 
 #include "architectures.h"  // written by the build: LOWRANK_TABLES, LOWRANK_ARCHITECTURES
 #include "cuda_binding.h"
@@ -21,30 +23,37 @@ LOWRANK_TABLES
 
 namespace lowrank {
 
-const KernelTable& kernels_for(int device) {
-  static const std::map<int, const KernelTable*, std::greater<int>> compiled = {// newest first
+namespace {
+
+// Machine code runs on its own capability (and, without an "a", on later ones of the same major version); a GPU newer
+// than all of them takes the PTX of the newest set.
+const KernelTable* choose_kernels(int device) {
+  const std::pair<int, const KernelTable*> compiled[] = {// oldest first
 #define LOWRANK_TABLE(arch, name) {arch, lowrank_table_##name()},
-                                                                                LOWRANK_TABLES
+                                                         LOWRANK_TABLES
 #undef LOWRANK_TABLE
   };
-  static std::mutex mutex;
-  static std::map<int, const KernelTable*> chosen;
-  std::lock_guard<std::mutex> lock(mutex);
-  auto found = chosen.find(device);
-  if (found != chosen.end()) return *found->second;
   int major = 0, minor = 0;
   const int status = cudaDeviceGetAttribute(&major, 75, device) | cudaDeviceGetAttribute(&minor, 76, device);
   TORCH_CHECK(status == 0, "lowrank_fast: cannot read the compute capability of CUDA device ", device);
   const int capability = 10 * major + minor;
-  // Machine code runs on its own capability (and, without an "a", on later ones of the same major version); a GPU newer
-  // than all of them takes the PTX of the newest set.
   const KernelTable* table = nullptr;
-  for (auto& [built, candidate] : compiled)
-    if (!table && built <= capability && built / 10 == major && (major < 9 || built == capability)) table = candidate;
-  if (!table && capability > compiled.begin()->first) table = compiled.begin()->second;
+  for (const auto& [built, candidate] : compiled)
+    if (built <= capability && built / 10 == major && (major < 9 || built == capability)) table = candidate;
+  if (!table && capability > std::rbegin(compiled)->first) table = std::rbegin(compiled)->second;
   TORCH_CHECK(table, "lowrank_fast: no CUDA kernels for compute capability ", major, ".", minor,
               "; rebuild with LOWRANK_FAST_CUDA_ARCHS=", capability, " or use use_backend(\"triton\")");
-  chosen[device] = table;
+  return table;
+}
+
+}  // namespace
+
+const KernelTable& kernels_for(int device) {
+  static std::array<std::atomic<const KernelTable*>, 64> chosen;
+  const auto index = static_cast<size_t>(device);
+  if (index >= chosen.size()) return *choose_kernels(device);
+  const KernelTable* table = chosen[index].load(std::memory_order_acquire);
+  if (!table) chosen[index].store(table = choose_kernels(device), std::memory_order_release);
   return *table;
 }
 

@@ -30,15 +30,15 @@ Tensor residual_add_into(const Tensor& y, const Tensor& x, const Tensor& A, cons
   check_rows("out", out, x, y.size(-1), type);
   check_factor("A", A, {A.size(0), x.size(-1)}, x, type);
   check_factor("B", B, {y.size(-1), A.size(0)}, x, type);
-  Tensor t = save_t ? hidden_like(x, A.size(0)) : at::empty({0}, x.options().dtype(at::kFloat));
-  Tensor x_rows = as_rows(x), y_rows = as_rows(y);
-  OutRows target(out);
+  Tensor t = save_t ? hidden_like(x, A.size(0)) : none(x, at::kFloat);
+  const RowsRead x_rows(x), y_rows(y);
+  const RowsWritten target(out);
   ForwardArgs a = forward_args(x, A.size(0), scale);
   a.d_in = static_cast<int32_t>(x.size(-1));
   a.d_out = static_cast<int32_t>(y.size(-1));
-  a.x = rows_of(x_rows);
-  a.y = rows_of(y_rows);
-  a.out = rows_of(target.rows);
+  a.x = x_rows.rows();
+  a.y = y_rows.rows();
+  a.out = target.rows();
   a.A = factor(A, type, kDown);
   a.B = factor(B, type, kUp);
   a.t_out = save_t ? floats(t) : nullptr;
@@ -77,10 +77,11 @@ Tensor shrink(const Tensor& x, const Tensor& A, double p, const Seed& seed) {
     return fallback<Tensor, const Tensor&, const Tensor&, double, const Seed&>("shrink", x, A, p, seed);
   const c10::DeviceGuard guard(x.device());
   check_factor("A", A, {A.size(0), x.size(-1)}, x, x.scalar_type());
-  Tensor rows = as_rows(x), t = hidden_like(x, A.size(0));
+  const RowsRead rows(x);
+  Tensor t = hidden_like(x, A.size(0));
   ForwardArgs a = forward_args(x, A.size(0), 1.0);
   a.d_in = static_cast<int32_t>(x.size(-1));
-  a.x = rows_of(rows);
+  a.x = rows.rows();
   a.A = factor(A, x.scalar_type(), kDown);
   a.t_out = floats(t);
   a.dropout = dropout_of(p, seed, x);
@@ -92,12 +93,13 @@ void expand_add_into(const Tensor& y, const Tensor& t, const Tensor& B, double s
   const c10::DeviceGuard guard(y.device());
   check_rows("t", t, y, B.size(1), t.scalar_type());
   check_factor("B", B, {y.size(-1), B.size(1)}, y, y.scalar_type());
-  Tensor y_rows = as_rows(y), t_rows = fp32_rows(t);
-  OutRows target(out);
+  const RowsRead y_rows(y);
+  const RowsWritten target(out);
+  const Tensor t_rows = fp32_rows(t);
   ForwardArgs a = forward_args(y, B.size(1), scale);
   a.d_out = static_cast<int32_t>(y.size(-1));
-  a.y = rows_of(y_rows);
-  a.out = rows_of(target.rows);
+  a.y = y_rows.rows();
+  a.out = target.rows();
   a.B = factor(B, y.scalar_type(), kUp);
   a.t_in = floats(t_rows);
   launch(&KernelTable::forward, a, y);
@@ -141,7 +143,7 @@ BackwardResults run_backward(const BackwardInputs& in) {
   if (in.dB) check_rows("t", in.t, like, rank, in.t.scalar_type());
   auto leading = like.sizes().vec();
   const auto options = like.options().dtype(in.type);
-  BackwardResults out = {none(options), none(factor_like.options()), none(factor_like.options()), none(options)};
+  BackwardResults out = {none(like, in.type), none(factor_like), none(factor_like), none(like, in.type)};
   if (in.dx) {
     leading.back() = in.A.size(1);
     out.dx = at::empty(leading, options);
@@ -153,7 +155,7 @@ BackwardResults run_backward(const BackwardInputs& in) {
     out.dt = at::empty(leading, options.dtype(at::kFloat));
   }
   const c10::DeviceGuard guard(like.device());
-  Tensor g = in.g.defined() ? as_rows(in.g) : Tensor(), x = in.dA ? as_rows(in.x) : Tensor();
+  const RowsRead g(in.g), x(in.dA ? in.x : Tensor());
   Tensor t = in.dB ? fp32_rows(in.t) : Tensor(), dt = in.dt.defined() ? fp32_rows(in.dt) : Tensor();
   BackwardArgs a = {};
   a.tokens = like.numel() / like.size(-1);
@@ -162,9 +164,9 @@ BackwardResults run_backward(const BackwardInputs& in) {
   a.d_out = in.B.defined() ? static_cast<int32_t>(in.B.size(0)) : 0;
   a.rank = static_cast<int32_t>(rank);
   a.scale = static_cast<float>(in.scale);
-  a.g = rows_of(g);
-  a.x = rows_of(x);
-  if (in.dx) a.dx = rows_of(as_rows(out.dx));
+  a.g = g.rows();
+  a.x = x.rows();
+  if (in.dx) a.dx = RowsWritten(out.dx).rows();
   a.t = floats(t);
   a.dt_in = floats(dt);
   a.dt_out = in.want_dt ? floats(out.dt) : nullptr;

@@ -29,13 +29,14 @@ bool routed_fits(const Tensor& like, const Tensor& A, const Tensor& B, int32_t r
 
 struct Common {  // tensors that must outlive the launch
   RoutedArgs args;
-  Tensor x, token_mask;
+  RowsRead x;
+  Tensor token_mask;
 };
 
 Common common(const Tensor& like, const Tensor& x, const Tensor& A, const Tensor& B, const Optional& R,
               const Optional& token_mask, double scale, int32_t routing, bool router_on_x, double p,
               const Optional& seed) {
-  Common c = {};
+  Common c = {{}, RowsRead(x), token_mask ? token_mask->contiguous() : Tensor()};
   RoutedArgs& a = c.args;
   const auto type = like.scalar_type();
   const int64_t tokens = like.numel() / like.size(-1), experts = B.size(0), rank = A.size(0);
@@ -45,8 +46,6 @@ Common common(const Tensor& like, const Tensor& x, const Tensor& A, const Tensor
     check_factor("R", R.value_or(Tensor()), {experts, router_on_x ? A.size(1) : rank}, like, type);
   }
   if (token_mask) check_flat("token_mask", *token_mask, tokens, at::kBool, like);
-  if (x.defined()) c.x = as_rows(x);
-  if (token_mask) c.token_mask = token_mask->contiguous();
   a.tokens = tokens;
   a.segments = routing == kSample ? like.size(0) : 1;
   a.dtype = code(type);
@@ -57,7 +56,7 @@ Common common(const Tensor& like, const Tensor& x, const Tensor& A, const Tensor
   a.routing = routing;
   a.router_on_x = router_on_x;
   a.scale = static_cast<float>(scale);
-  a.x = rows_of(c.x);
+  a.x = c.x.rows();
   a.A = factor(A, type, kDown);
   a.B = factor(B, type, kBank);
   a.R = factor(R.value_or(Tensor()), type, kUp);
@@ -78,14 +77,15 @@ Tensors3 routed_into(const Tensor& y, const Tensor& x, const Tensor& A, const Te
     check_flat("weights", given, B.size(0), given.defined() ? given.scalar_type() : at::kFloat, x);
   }
   const auto wide = x.options().dtype(at::kFloat);
-  Tensor t = hidden_like(x, A.size(0)), probabilities = routing == kStatic ? none(wide) : hidden_like(x, B.size(0));
-  Tensor w = routing == kToken    ? none(wide)
+  Tensor t = hidden_like(x, A.size(0)), probabilities = routing == kStatic ? none(t) : hidden_like(x, B.size(0));
+  Tensor w = routing == kToken    ? none(t)
              : routing == kSample ? at::empty({x.size(0), B.size(0)}, wide)
                                   : at::empty({B.size(0)}, wide);
-  Tensor y_rows = as_rows(y), static_weights = weights ? fp32_rows(*weights) : Tensor();
-  OutRows target(out);
-  c.args.y = rows_of(y_rows);
-  c.args.out = rows_of(target.rows);
+  const RowsRead y_rows(y);
+  const RowsWritten target(out);
+  const Tensor static_weights = weights ? fp32_rows(*weights) : Tensor();
+  c.args.y = y_rows.rows();
+  c.args.out = target.rows();
   c.args.weights = floats(static_weights);
   c.args.t_out = floats(t);
   c.args.p_out = floats(probabilities);
@@ -148,14 +148,15 @@ Tensors5 routed_projection_backward(const Tensor& g, const Optional& x, const Te
   if (active) check_flat("active", *active, B.size(0), at::kBool, g);
   auto leading = g.sizes().vec();
   leading.back() = A.size(1);
-  Tensor dx = need_dx ? at::empty(leading, g.options()) : none(g.options());
-  Tensor dA = need_dA ? at::empty_like(A) : none(A.options()), dB = need_dB ? at::empty_like(B) : none(B.options());
-  Tensor dR = need_dR ? at::empty_like(*R) : none(A.options());
-  Tensor dweights = need_dweights ? at::empty({B.size(0)}, g.options().dtype(at::kFloat)) : none(w.options());
-  Tensor g_rows = as_rows(g), t_rows = fp32_rows(t), p_rows = fp32_rows(probabilities), w_rows = fp32_rows(w);
+  Tensor dx = need_dx ? at::empty(leading, g.options()) : none(g);
+  Tensor dA = need_dA ? at::empty_like(A) : none(A), dB = need_dB ? at::empty_like(B) : none(B);
+  Tensor dR = need_dR ? at::empty_like(*R) : none(A);
+  Tensor dweights = need_dweights ? at::empty({B.size(0)}, g.options().dtype(at::kFloat)) : none(w);
+  const RowsRead g_rows(g);
+  Tensor t_rows = fp32_rows(t), p_rows = fp32_rows(probabilities), w_rows = fp32_rows(w);
   Tensor active_flags = active ? active->contiguous() : Tensor();
-  a.g = rows_of(g_rows);
-  if (need_dx) a.dx = rows_of(as_rows(dx));
+  a.g = g_rows.rows();
+  if (need_dx) a.dx = RowsWritten(dx).rows();
   a.t = floats(t_rows);
   a.p = floats(p_rows);
   a.w = floats(w_rows);

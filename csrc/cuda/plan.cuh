@@ -1,7 +1,9 @@
-// Launch plans: which kernels run for an operation, with which tiles, grids and workspaces. Host code, compiled with
-// the kernels for each architecture and for the CPU harness, which so tests the same sequences that a GPU runs.
+// What launch plans are made of: the workspace, and each kernel with its tiles and its grid. Plans (residual_plan.cuh,
+// routed_plan.cuh) say which run for an operation. Host code, compiled with the kernels for each architecture and for
+// the CPU harness, which so tests the same sequences that a GPU runs.
 #pragma once
-#include "cluster_backward.cuh"
+#include <atomic>
+
 #include "column_pass.cuh"
 #include "reduce.cuh"
 #include "residual_add.cuh"
@@ -49,11 +51,36 @@ inline int host_processors = 4;
 inline size_t host_shared_limit = simt::kSharedLimit;
 #endif
 
+// Whether the kernels of thread block clusters are compiled, and whether they run (the harness runs both forms).
+#if !SIMT_GPU
+constexpr bool has_clusters = true;
+inline bool use_clusters = false;
+#elif defined(LOWRANK_CLUSTERS)
+constexpr bool has_clusters = true, use_clusters = true;
+#else
+constexpr bool has_clusters = false, use_clusters = false;
+#endif
+constexpr int kMaxCluster = 8;  // blocks, on every GPU that has clusters
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#if SIMT_GPU
+// An attribute of the current device, asked of the driver once: every call makes a plan. 0: unknown.
+template <cudaDeviceAttr attribute>
+int device_attribute() {
+  static std::atomic<int> known[64];
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (device < 64 && (value = known[device].load(std::memory_order_relaxed)) != 0) return value;
+  if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
+  if (device < 64) known[device].store(value, std::memory_order_relaxed);
+  return value;
+}
+#endif
+
 inline int processors() {
 #if SIMT_GPU
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  const int count = device_attribute<cudaDevAttrMultiProcessorCount>();
   return count > 0 ? count : 1;
 #else
   return host_processors;
@@ -63,10 +90,7 @@ inline int processors() {
 // Dynamic shared memory that a block may have on this device.
 inline size_t shared_limit() {
 #if SIMT_GPU
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) == cudaSuccess)
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return static_cast<size_t>(bytes);
+  return static_cast<size_t>(device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>());
 #else
   return host_shared_limit;
 #endif
@@ -207,22 +231,6 @@ inline RowParams row_params(int64_t segment_rows, int rank) {
   return p;
 }
 
-inline size_t forward(const ForwardArgs& a, void* workspace, void* stream, int* error) {
-  Context c(workspace, stream);
-  with_element(a.dtype, [&](auto e) {
-    RowParams p = row_params(a.tokens, a.rank);
-    if (a.x.data || !a.t_in) set_x(p, a.x, a.d_in, a.A);
-    set_out(p, a.y, a.out, a.d_out, a.B);
-    p.t_in = a.t_in;
-    p.t_out = a.t_out;
-    p.scale = a.scale;
-    p.drop_x = a.dropout;
-    if (a.dropout.seed) p.t_scale = a.dropout.keep_scale;
-    run_rows<decltype(e)>(c, p, 1, "forward");
-  });
-  return c.finish(error);
-}
-
 // ------------------------------------------------------------------------------------------------ sums
 
 template <class E>
@@ -264,13 +272,13 @@ int row_splits(int64_t segment_rows, int cols, int64_t segments) {
 
 struct Partials {
   float* grad;  // [segments * splits, cols, rank]
-  float* rows;  // [slices, T, rank]
+  float* rows;  // [slices, T, rank], or in clusters [clusters, T, rank]
   int splits, slices;
 };
 
-// Launches a column pass; its partials stay in the workspace.
+// Launches a column pass; its partials stay in the workspace, or go to `u` [T, rank] where there is only one.
 template <class E, int mode>
-Partials run_columns(Context& c, ColumnParams p, int64_t segments, bool need_grad, bool need_rows, const char* name) {
+Partials run_columns(Context& c, ColumnParams p, int64_t segments, bool need_grad, float* u, const char* name) {
   Partials result = {};
   p.W = narrowed<E>(p.W);
   p.W_upper = narrowed<E>(p.W_upper);
@@ -283,12 +291,16 @@ Partials run_columns(Context& c, ColumnParams p, int64_t segments, bool need_gra
   with_rank(p.rank, [&](auto r) {
     constexpr int R = decltype(r)::value;
     using C = ColumnTuning<E, R, mode>;
-    result.slices = static_cast<int>(ceil_div(p.cols, C::block_n));
+    const int slices = static_cast<int>(ceil_div(p.cols, C::block_n));
+    result.slices = mode == kClusterRows ? static_cast<int>(ceil_div(slices, kMaxCluster)) : slices;
+    p.blocks = static_cast<int>(ceil_div(slices, result.slices));
     result.splits = row_splits<E, R, mode>(p.segment_rows, p.cols, segments);
     if (need_grad) p.grad = result.grad = c.take<float>(segments * result.splits * p.cols * p.rank);
-    if (need_rows) p.row_sums = result.rows = c.take<float>(int64_t(result.slices) * p.tokens * p.rank);
+    if (u)
+      p.row_sums = result.rows = result.slices == 1 ? u : c.take<float>(int64_t(result.slices) * p.tokens * p.rank);
     p.split_rows = ceil_div(ceil_div(p.segment_rows, result.splits), C::block_m) * C::block_m;
-    Launch l{result.slices, result.splits, static_cast<int>(segments), C::threads, 1, C::shared_bytes, name};
+    Launch l{result.slices * p.blocks, result.splits, static_cast<int>(segments), C::threads, p.blocks,
+             C::shared_bytes,          name};
     c.run(column_kernel<E, R, mode>, l, p);
   });
   return result;
@@ -306,11 +318,23 @@ inline ColumnParams column_params(int64_t segment_rows, const Rows& x, int cols,
   return p;
 }
 
-// u [T, rank] = scale * g W, and the partial sums of g^T Z in `grad`, whichever are wanted: one read of g where that
-// pays.
+// Whether the gradient pass of this rank runs in clusters: not, for one, on sm_120, whose blocks have 99 KiB.
+template <class E>
+bool in_clusters(int rank) {
+  bool fits = false;
+  if constexpr (has_clusters)
+    with_rank(rank, [&](auto r) {
+      fits = use_clusters && ColumnTuning<E, decltype(r)::value, kClusterRows>::shared_bytes <= shared_limit();
+    });
+  return fits;
+}
+
+// u [T, rank] = scale * g W, and the partial sums of g^T Z in `grad`, whichever are wanted: one read of g for both
+// where that pays, in clusters always.
 template <class E>
 Partials gradient_pass(Context& c, ColumnParams p, int64_t segments, float scale, float* u, bool need_grad) {
-  const bool fused = u && need_grad && p.rank <= 32;
+  const bool clusters = u && need_grad && in_clusters<E>(p.rank);
+  const bool fused = clusters || (u && need_grad && p.rank <= 32);
   if (u && !fused) {
     RowParams row = row_params(p.segment_rows, p.rank);
     set_x(row, {const_cast<void*>(p.x), p.x_stride}, p.cols, p.W);
@@ -320,10 +344,14 @@ Partials gradient_pass(Context& c, ColumnParams p, int64_t segments, float scale
     run_rows<E>(c, row, segments, "u");
   }
   if (!need_grad) return {};
-  Partials partials = run_columns<E, kRows>(c, p, segments, true, fused, "gradient pass");
-  if (fused) {
+  p.scale = scale;
+  Partials partials;
+  if constexpr (has_clusters)
+    if (clusters) partials = run_columns<E, kClusterRows>(c, p, segments, true, u, "cluster gradient pass");
+  if (!clusters) partials = run_columns<E, kRows>(c, p, segments, true, fused ? u : nullptr, "gradient pass");
+  if (fused && partials.rows != u) {
     const int64_t elements = p.segment_rows * segments * p.rank;
-    run_sum<E>(c, sum_to(u, partials.rows, elements, 1, partials.slices, scale));
+    run_sum<E>(c, sum_to(u, partials.rows, elements, 1, partials.slices, 1.0f));
   }
   return partials;
 }
@@ -338,7 +366,7 @@ void input_pass(Context& c, ColumnParams p, const Rows& dx, const MutableFactor&
   p.scale = dropout.seed ? dropout.keep_scale : 1.0f;
   const bool need_grad = dA.data || dA_upper.data;
   if (need_grad || p.accumulate || p.W_split < p.rank) {
-    Partials partials = run_columns<E, kOut>(c, p, 1, need_grad, false, "input pass");
+    Partials partials = run_columns<E, kOut>(c, p, 1, need_grad, nullptr, "input pass");
     if (!need_grad) return;
     SumParams sum = sum_into(dA, partials.grad, p.cols, p.rank, partials.splits, p.scale);
     sum.upper = dA_upper;
@@ -352,101 +380,6 @@ void input_pass(Context& c, ColumnParams p, const Rows& dx, const MutableFactor&
     row.drop_out = dropout;
     run_rows<E>(c, row, 1, "dx");
   }
-}
-
-// ------------------------------------------------------------------------------------------------ clusters
-
-#if !SIMT_GPU
-inline bool use_clusters = false;  // the harness runs both forms
-#elif defined(LOWRANK_CLUSTERS)
-constexpr bool use_clusters = true;
-#else
-constexpr bool use_clusters = false;
-#endif
-
-// The one-launch form of a backward that needs every gradient, where a cluster's registers hold dA and dB. False: not
-// taken.
-template <class E, int R>
-bool cluster_backward(Context& c, const BackwardArgs& a) {
-#if !SIMT_GPU || defined(LOWRANK_CLUSTERS)
-  using C = ClusterTuning<E, R>;
-  const int width = a.d_in > a.d_out ? a.d_in : a.d_out;
-  const int blocks = static_cast<int>(ceil_div(width, C::block_n));
-  if (blocks > C::max_blocks || C::shared_bytes > shared_limit()) return false;  // e.g. 99 KiB on sm_120
-  ClusterParams p = {};
-  p.g = a.g.data;
-  p.g_stride = a.g.stride;
-  p.x = a.x.data;
-  p.x_stride = a.x.stride;
-  p.dx = a.dx.data;
-  p.dx_stride = a.dx.stride;
-  p.t = a.t;
-  p.A = narrowed<E>(a.A);
-  p.B = narrowed<E>(a.B);
-  p.A_access = factor_access<E>(p.A, a.rank, true);
-  p.B_access = factor_access<E>(p.B, a.rank, true);
-  p.tokens = a.tokens;
-  p.d_in = a.d_in;
-  p.d_out = a.d_out;
-  p.rank = a.rank;
-  p.g_vec = vectors<E>(a.g);
-  p.x_vec = vectors<E>(a.x);
-  p.dx_vec = vectors<E>(a.dx);
-  p.u_scale = a.scale;
-  p.dx_scale = a.dropout.seed ? a.dropout.keep_scale : 1.0f;
-  p.dropout = a.dropout;
-  int64_t clusters = 128 / blocks,
-          most = ceil_div(a.tokens, C::block_m);  // by the shape alone: the order of sums depends on it
-  clusters = clusters > most ? most : clusters;
-  clusters = clusters < 1 ? 1 : clusters;
-  p.dA = c.take<float>(clusters * a.d_in * a.rank);
-  p.dB = c.take<float>(clusters * a.d_out * a.rank);
-  Launch l{static_cast<int>(clusters * blocks), 1, 1, C::threads, blocks, C::shared_bytes, "cluster backward"};
-  c.run(cluster_backward_kernel<E, R>, l, p);
-  run_sum<E>(c, sum_into(a.dB, p.dB, a.d_out, a.rank, static_cast<int>(clusters), a.scale));
-  run_sum<E>(c, sum_into(a.dA, p.dA, a.d_in, a.rank, static_cast<int>(clusters), p.dx_scale));
-  return true;
-#else
-  (void)c;
-  (void)a;
-  return false;
-#endif
-}
-
-inline size_t backward(const BackwardArgs& a, void* workspace, void* stream, int* error) {
-  Context c(workspace, stream);
-  with_element(a.dtype, [&](auto e) {
-    using E = decltype(e);
-    const bool inputs = a.dx.data || a.dA.data;
-    if (a.dx.data && !a.dA.data && !a.dB.data && !a.dt_in && !a.dt_out) {  // frozen factors: read g, write dx
-      RowParams p = row_params(a.tokens, a.rank);
-      set_x(p, a.g, a.d_out, a.B);
-      set_out(p, {}, a.dx, a.d_in, a.A);
-      p.t_scale = a.scale;
-      p.scale = a.dropout.seed ? a.dropout.keep_scale : 1.0f;
-      p.drop_out = a.dropout;
-      run_rows<E>(c, p, 1, "dx");
-      return;
-    }
-    const bool all = a.g.data && a.dx.data && a.dA.data && a.dB.data && !a.dt_in && !a.dt_out;
-    if (use_clusters && all) {
-      if (a.rank <= 16 ? cluster_backward<E, 16>(c, a) : a.rank <= 32 && cluster_backward<E, 32>(c, a)) return;
-    }
-    const float* u = a.dt_in;
-    if (!u) {
-      float* own = a.dt_out || !inputs ? a.dt_out : c.take<float>(a.tokens * a.rank);
-      ColumnParams p = column_params(a.tokens, a.g, a.d_out, a.t, a.rank);
-      p.W = p.W_upper = a.B;
-      Partials partials = gradient_pass<E>(c, p, 1, a.scale, own, a.dB.data != nullptr);
-      if (a.dB.data) run_sum<E>(c, sum_into(a.dB, partials.grad, a.d_out, a.rank, partials.splits, a.scale));
-      u = own;
-    }
-    if (!inputs) return;
-    ColumnParams p = column_params(a.tokens, a.x, a.d_in, u, a.rank);
-    p.W = p.W_upper = a.A;
-    input_pass<E>(c, p, a.dx, a.dA, {}, a.dropout);
-  });
-  return c.finish(error);
 }
 
 }  // namespace LOWRANK_ARCH

@@ -3,10 +3,10 @@
 //
 //   record_plan OP WAY T D RANK EXPERTS DTYPE WIDE ON_X DROPOUT PROCESSORS SHARED_LIMIT CLUSTERS
 //
-// OP: residual, dx, static, batch, token; WAY: forward, backward; DTYPE: 0 float32, 1 bfloat16, 2 float16; WIDE:
-// float32 factors. A line per launch, by tabs: mangled kernel, name in the plan, grid x y z, threads, blocks per
-// cluster, shared bytes, bytes of streamed tiles in flight per block, DRAM bytes (each argument once), bytes that are
-// read again. The last two are formulas over the parameters, not measurements.
+// OP: residual, dx and dB (that gradient alone), static, batch, token; WAY: forward, backward; DTYPE: 0 float32, 1
+// bfloat16, 2 float16; WIDE: float32 factors. A line per launch, by tabs: mangled kernel, name in the plan, grid x y z,
+// threads, blocks per cluster, shared bytes, bytes of streamed tiles in flight per block, DRAM bytes (each argument
+// once), bytes that are read again. The last two are formulas over the parameters, not measurements.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -43,6 +43,8 @@ void tiles_of_rank() {
   using G = ColumnTuning<E, R, kRows>;
   using X = ColumnTuning<E, R, kOut>;
   in_flight[reinterpret_cast<void*>(column_kernel<E, R, kRows>)] = {(G::stages - 1) * G::x_bytes, 0};
+  using H = ColumnTuning<E, R, kClusterRows>;
+  in_flight[reinterpret_cast<void*>(column_kernel<E, R, kClusterRows>)] = {(H::stages - 1) * H::x_bytes, 0};
   in_flight[reinterpret_cast<void*>(column_kernel<E, R, kOut>)] = {(X::stages - 1) * X::x_bytes, 0};
   if constexpr (R <= 32) {
     using C = ClusterTuning<E, R>;
@@ -100,7 +102,7 @@ Bytes bytes_of(const kernels::ColumnParams& p, const simt::Launch& l) {
     b.again += (l.grid.y - 1) * W;
   }
   if (p.grad) b.once += elements(double(l.grid.y) * l.grid.z * p.cols, p.rank, 4);
-  if (p.row_sums) b.once += elements(l.grid.x * T, p.rank, 4);
+  if (p.row_sums) b.once += elements(l.grid.x / l.cluster * T, p.rank, 4);
   if (p.out) b.once += elements(T, p.cols, element_size) * (p.accumulate ? 2 : 1);
   return b;
 }
@@ -225,14 +227,14 @@ int main(int count, char** values) {
   const MutableFactor dA = {somewhere, d, 1, 0, 1 << 30, is_wide}, dB = {somewhere, 1, rank, 0, 1 << 30, is_wide};
   const lowrank::Dropout drop = {dropout ? reinterpret_cast<int64_t*>(somewhere) : nullptr, 1u << 29, 1.125f};
   int error = 0;
-  if (op == "residual" || op == "dx") {
+  if (op == "residual" || op == "dx" || op == "dB") {
     if (forward) {
       kernels::forward({T, dtype, d, d, rank, 0.5f, rows, rows, rows, A, B, nullptr, floats, drop}, somewhere, nullptr,
                        &error);
     } else {
       const bool all = op == "residual";
-      kernels::backward({T, dtype, d, d, rank, 0.5f, rows, all ? rows : Rows{}, rows, floats, nullptr, nullptr, A, B,
-                         all ? dA : MutableFactor{}, all ? dB : MutableFactor{}, drop},
+      kernels::backward({T, dtype, d, d, rank, 0.5f, rows, all ? rows : Rows{}, op == "dB" ? Rows{} : rows, floats,
+                         nullptr, nullptr, A, B, all ? dA : MutableFactor{}, op == "dx" ? MutableFactor{} : dB, drop},
                         somewhere, nullptr, &error);
     }
     return error;

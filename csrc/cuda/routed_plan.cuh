@@ -6,7 +6,7 @@
 // Backward shares G = s g^T t among the experts and never makes E copies of it. A router on x is stacked under A (one
 // read of x), except with dropout, which it does not see: then it has passes of its own.
 #pragma once
-#include "plan.cuh"
+#include "residual_plan.cuh"
 
 namespace lowrank {
 namespace LOWRANK_ARCH {
@@ -128,20 +128,13 @@ void weight_gradient(Context& c, const RoutedArgs& a, const float* G, float* dw)
   run_sum<E>(c, sum_to(dw, b.dw, count, 1, chunks, 1.0f));
 }
 
-// Mixed routing: u [T, r] if wanted, dw if wanted, dB if wanted, from one gradient pass over g.
+// dw and dB, whichever are wanted, from the partials of g^T t.
 template <class E>
-void mixed_gradients(Context& c, const RoutedArgs& a, const RoutedNeeds& needs, float* u, float* dw) {
-  const int64_t segment_rows = a.segments ? a.tokens / a.segments : 0, elements = int64_t(a.d_out) * a.rank;
-  ColumnParams p = column_params(segment_rows, a.g, a.d_out, a.t, a.rank);
-  p.W = p.W_upper = u ? mix_bank<E>(c, a, nullptr, 0, a.w, nullptr) : a.B;
-  p.W_segment_stride = u ? elements : 0;
-  const bool need_G = a.dB.data || needs.weights;
-  Partials partials = gradient_pass<E>(c, p, a.segments, a.scale, u, need_G);
-  if (!need_G) return;
+void expert_gradients(Context& c, const RoutedArgs& a, const float* partials, int splits, float* dw) {
+  const int64_t elements = int64_t(a.d_out) * a.rank;
   float* G = c.take<float>(a.segments * elements);
-  if (a.segments)
-    run_sum<E>(c, sum_to(G, partials.grad, elements, static_cast<int>(a.segments), partials.splits, a.scale));
-  if (needs.weights) weight_gradient<E>(c, a, G, dw);
+  if (a.segments) run_sum<E>(c, sum_to(G, partials, elements, static_cast<int>(a.segments), splits, a.scale));
+  if (dw) weight_gradient<E>(c, a, G, dw);
   if (!a.dB.data) return;
   BankParams b = {};
   b.G = G;
@@ -154,6 +147,28 @@ void mixed_gradients(Context& c, const RoutedArgs& a, const RoutedNeeds& needs, 
   b.rank = a.rank;
   b.d_out = a.d_out;
   c.run(bank_gradient_kernel<E>, small_launch(ceil_div(elements, 256), a.experts, 0, "dB"), b);
+}
+
+// Mixed routing: u [T, r] if wanted, dw if wanted, dB if wanted, from one gradient pass over g.
+template <class E>
+void mixed_gradients(Context& c, const RoutedArgs& a, float* u, float* dw) {
+  const int64_t segment_rows = a.segments ? a.tokens / a.segments : 0;
+  ColumnParams p = column_params(segment_rows, a.g, a.d_out, a.t, a.rank);
+  p.W = p.W_upper = u ? mix_bank<E>(c, a, nullptr, 0, a.w, nullptr) : a.B;
+  p.W_segment_stride = u ? int64_t(a.d_out) * a.rank : 0;
+  const bool need_G = a.dB.data || dw;
+  const Partials partials = gradient_pass<E>(c, p, a.segments, a.scale, u, need_G);
+  if (need_G) expert_gradients<E>(c, a, partials.grad, partials.splits, dw);
+}
+
+// Static routing with every gradient: the backward of a residual add with the mixed bank, in one launch.
+template <class E>
+void static_cluster_backward(Context& c, const RoutedArgs& a) {
+  BackwardArgs mixed = {a.tokens, a.dtype, a.d_in,  a.d_out, a.rank, a.scale, a.g, a.x,      a.dx,
+                        a.t,      nullptr, nullptr, a.A,     {},     a.dA,    {},  a.dropout};
+  mixed.B = mix_bank<E>(c, a, nullptr, 0, a.w, nullptr);
+  const ClusterSums sums = cluster_backward<E>(c, mixed);
+  expert_gradients<E>(c, a, sums.dB, sums.clusters, a.dweights);
 }
 
 // Token routing: dz [T, E r] if wanted and dB_cat = s g^T (p (x) t), one factor of rank E r.
@@ -226,6 +241,8 @@ inline size_t routed_backward(const RoutedArgs& a, void* workspace, void* stream
   Context c(workspace, stream);
   with_element(a.dtype, [&](auto e) {
     using E = decltype(e);
+    const bool all = a.dx.data && a.dA.data && (a.dB.data || a.dweights);
+    if (a.routing == kStatic && all && one_cluster<E>(a.d_in, a.d_out, a.rank)) return static_cluster_backward<E>(c, a);
     const RoutedNeeds needs = routed_needs(a);
     const int width = a.routing == kToken ? a.rank * a.experts : a.rank;
     float* u = needs.dt ? c.take<float>(a.tokens * width) : nullptr;
@@ -233,7 +250,7 @@ inline size_t routed_backward(const RoutedArgs& a, void* workspace, void* stream
     if (a.routing == kToken) {
       token_gradients<E>(c, a, u);
     } else {
-      mixed_gradients<E>(c, a, needs, u, dw);
+      mixed_gradients<E>(c, a, u, dw);
     }
     float* dt = u;
     float* dlogits = nullptr;

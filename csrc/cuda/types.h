@@ -90,7 +90,7 @@ constexpr int kMaxSegments = 65535;
 // One set per architecture. A function with a null workspace only reports its size; else it launches on `stream` and
 // returns a cudaError_t (0: success). Nothing synchronises or allocates.
 struct KernelTable {
-  size_t (*forward)(const ForwardArgs&, void* workspace, void* stream, int* error);
+  size_t (*forward)(const ForwardArgs&, void* workspace, void* stream, int* error);  // needs no workspace
   size_t (*backward)(const BackwardArgs&, void* workspace, void* stream, int* error);
   size_t (*routed_forward)(const RoutedArgs&, void* workspace, void* stream, int* error);
   size_t (*routed_backward)(const RoutedArgs&, void* workspace, void* stream, int* error);

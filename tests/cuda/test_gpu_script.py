@@ -7,6 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from lowrank_fast.bench.gpu import measure
+from lowrank_fast.bench.records import read_jsonl
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = ["setup", "machine", "build-cpu", "build-cuda", "info", "tests", "sanitizer", "verify", "codegen", "bench"]
@@ -78,3 +81,23 @@ def test_a_step_that_hangs_is_ended_and_the_next_one_runs(script):
         "lowrank_fast info", "sleep 60", LOWRANK_FAST_GPU_STEPS="info verify", LOWRANK_FAST_GPU_MINUTES="0.02"
     )
     assert ended == {"info": 124, "verify": 0}
+
+
+def test_the_benchmark_runs_every_case_on_a_cpu_too(tmp_path, capsys):
+    """The program that measures on a GPU, with a wall clock in the place of its events."""
+    arguments = ["--device", "cpu", "--quick", "--samples", "2", "--only", "ours,addmm,naive", "--out", str(tmp_path)]
+    assert measure.main(arguments) == 0
+    records = read_jsonl(tmp_path / "cpu.jsonl")
+    assert {(r["op"], r["routing"], r["direction"]) for r in records} == {
+        (case.problem.op, case.problem.routing, case.direction) for case in measure.plan(quick=True)
+    }
+    assert all(r["status"] == "ok" and r["rounds"] == 2 and r["host_s"] > 0 for r in records)
+    assert {"ours", "addmm", "naive"} == {r["provider"] for r in records}
+    assert (tmp_path / "cpu.md").read_text() == capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_benchmark_says_what_is_missing_without_a_gpu(tmp_path, capsys):
+    assert measure.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "measure: torch sees no CUDA GPU; --device cpu rehearses\n"
+    assert not list(tmp_path.iterdir())

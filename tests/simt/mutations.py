@@ -21,8 +21,8 @@ class Mutation:
     numbers: bool = False  # only the numbers can show it
 
 
-ROW, COLUMN, CLUSTER, TILE, ROUTING, PLAN, ROUTED = (
-    "residual_add.cuh", "column_pass.cuh", "cluster_backward.cuh", "tile.cuh", "routing.cuh", "plan.cuh", "routed_plan.cuh",
+ROW, COLUMN, CLUSTER, TILE, ROUTING = (
+    "residual_add.cuh", "column_pass.cuh", "cluster_backward.cuh", "tile.cuh", "routing.cuh",
 )  # fmt: skip
 
 MUTATIONS = (
@@ -70,10 +70,15 @@ MUTATIONS = (
     Mutation("column: all splits write one partial", COLUMN, "const int split = block_id().z * grid_blocks().y + block_id().y;", "const int split = block_id().z * grid_blocks().y;"),
     Mutation("sum: one partial left out", "reduce.cuh", "for (int s = 0; s < p.count; s++)", "for (int s = 0; s < p.count - (p.count > 1); s++)", numbers=True),
     # clusters
-    Mutation("cluster: no barrier before the shares are read", CLUSTER, "    sync_cluster();  // the shares of tile i are complete everywhere", "    sync_block();"),
+    Mutation("cluster: no barrier before the shares are read", COLUMN, "  sync_cluster();  // the shares are complete everywhere", "  sync_block();"),
     Mutation("cluster: no barrier before exit", CLUSTER, "  sync_cluster();  // nobody reads", "  // nobody reads"),
     Mutation("cluster: shares not double-buffered", CLUSTER, "shares + i % 2 * C::block_m * R", "shares"),
-    Mutation("cluster: one share left out", CLUSTER, "for (int block = 0; block < blocks; block++)", "for (int block = 0; block < blocks - (blocks > 1); block++)", numbers=True),
+    Mutation("cluster: one share left out", COLUMN, "for (int block = 0; block < blocks; block++)", "for (int block = 0; block < blocks - (blocks > 1); block++)", numbers=True),
+    Mutation("cluster gradient: no barrier before exit", COLUMN, "  if constexpr (mode == kClusterRows) sync_cluster();", ""),
+    Mutation("cluster gradient: shares not double-buffered", COLUMN, "shares + i % 2 * C::block_m * R, row0", "shares, row0"),
+    Mutation("cluster gradient: every block adds every share", COLUMN, "C::threads * cluster_rank() + thread_id()", "thread_id()"),
+    Mutation("cluster gradient: clusters write one partial", COLUMN, "block_id().x / p.blocks * p.tokens", "0 * p.tokens"),
+    Mutation("cluster gradient: a block without columns leaves early", COLUMN, "  cp_async_wait<0>();\n  if constexpr (mode", "  cp_async_wait<0>();\n  if (col0 >= p.cols) return;\n  if constexpr (mode"),
     # dropout, masks
     Mutation("dropout: counter of the next row", TILE, "static_cast<uint64_t>(row0 + row);", "static_cast<uint64_t>(row0 + row + 1);", numbers=True),
     Mutation("dropout: nine rounds", TILE, "round < 10", "round < 9", numbers=True),

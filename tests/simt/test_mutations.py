@@ -53,12 +53,14 @@ def _forward(simt: Simt, tokens: int, d_in: int, d_out: int, rank: int, p: float
     return _wrong(got, fallback.residual_add(*_exact(y, x, A, B), 0.7, p, seed, True))
 
 
-def _backward(simt: Simt, tokens: int, d_in: int, d_out: int, rank: int, p: float = 0.0) -> bool:
+def _backward(
+    simt: Simt, tokens: int, d_in: int, d_out: int, rank: int, p: float = 0.0, needs: tuple[bool, ...] = (True,) * 3
+) -> bool:
     g, x, t = _random(tokens, d_out, seed=1), _random(tokens, d_in, seed=2), _random(tokens, rank, seed=5).float()
     A, B = _random(rank, d_in, seed=3, scale=d_in**-0.5), _random(d_out, rank, seed=4, scale=rank**-0.5)
     seed = torch.tensor([987654321987, 5]) if p else None
-    got = simt.residual_add_backward(g, x, t, A, B, 0.7, p, seed, True, True, True)
-    return _wrong(got, fallback.residual_add_backward(*_exact(g, x, t, A, B), 0.7, p, seed, True, True, True))
+    got = simt.residual_add_backward(g, x, t, A, B, 0.7, p, seed, *needs)
+    return _wrong(got, fallback.residual_add_backward(*_exact(g, x, t, A, B), 0.7, p, seed, *needs))
 
 
 def _in_place_padded_rows(simt: Simt, tokens: int, d_in: int, d_out: int, rank: int) -> bool:
@@ -95,6 +97,7 @@ CASES: dict[str, tuple[bool, Callable[[Simt], bool]]] = {
     "forward, in place, padded rows": (False, lambda s: _in_place_padded_rows(s, 37, 531, 197, 16)),
     "backward": (False, lambda s: _backward(s, 293, 264, 72, 12)),
     "backward, clusters": (True, lambda s: _backward(s, 69, 1100, 600, 16)),
+    "gradient pass, clusters": (True, lambda s: _backward(s, 293, 72, 2100, 12, needs=(False, True, True))),
     "dropout": (False, lambda s: _forward(s, 21, 136, 72, 8, p=0.4) or _backward(s, 45, 136, 72, 8, p=0.4)),
     "routed, batch": (False, lambda s: _routed(s, "batch")),
     "routed, token": (False, lambda s: _routed(s, "token")),

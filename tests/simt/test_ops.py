@@ -51,6 +51,19 @@ def test_the_sm90_backward(simt, dtype, shape):
         problem.but(dropout_p=0.3, seed=2).assert_solved_by("simt")
 
 
+# Clusters of the gradient pass: several with a block that has no columns (nine slices), one of two blocks, one block;
+# at least three tiles per block. Each shape in one rank of the templates.
+@pytest.mark.parametrize(
+    ("shape", "needs"), [((9, 40, 2100, 12), "xB"), ((70, 40, 300, 25), "AB"), ((45, 72, 260, 48), "xAB"),
+                         ((130, 40, 1100, 100), "xB"), ((3, 40, 24, 128), "xAB")], ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_the_sm90_gradient_pass(simt, dtype, shape, needs):
+    simt.clusters = True
+    tokens, d_in, d_out, rank = shape
+    ResidualAdd((tokens,), d_in, d_out, rank, dtype, dtype, needs=frozenset(needs)).assert_solved_by("simt")
+
+
 @pytest.mark.parametrize("needs", ["x", "A", "B", "xA", "xB", "AB"])
 @pytest.mark.parametrize("rank", [8, 48])
 def test_every_mask_of_needed_gradients(simt, rank, needs):
@@ -97,12 +110,28 @@ def test_leading_dimensions(simt, lead):
 
 @pytest.mark.parametrize(("routing", "router_input"), [*product(("batch", "sample", "token"), "tx"), ("static", "t")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_routed_projection_and_its_gradients(simt, dtype, routing, router_input):
+@pytest.mark.parametrize("clusters", [False, True])
+def test_routed_projection_and_its_gradients(simt, clusters, dtype, routing, router_input):
+    simt.clusters = clusters
     needs = frozenset({"y", "x", "A", "B", "weights" if routing == "static" else "R"})
     problem = Routed(
         (3, 29), 136, 72, 8, dtype, dtype, needs=needs, experts=4, routing=routing, router_input=router_input
     )
     problem.but(masked=routing in ("batch", "sample"), active=(True, False, True, True)).assert_solved_by("simt")
+
+
+@pytest.mark.parametrize("needs", ["xAB", "xAw", "xABw", "xBw"])
+@pytest.mark.parametrize("shape", [(45, 600, 1100, 3), (70, 40, 600, 20), (40, 40, 4200, 4)], ids=str)
+def test_static_routing_on_sm90(simt, shape, needs):
+    """One launch over g and x; two where a gradient is not asked for or no cluster is wide enough."""
+    simt.clusters = True
+    tokens, d_in, d_out, rank = shape
+    named = frozenset(needs.replace("w", "")) | ({"weights"} if "w" in needs else set())
+    problem = Routed((tokens,), d_in, d_out, rank, torch.bfloat16, torch.bfloat16, needs=named, experts=3)
+    problem = problem.but(routing="static", active=(True, False, True))
+    problem.assert_solved_by("simt")
+    if rank == 20:
+        problem.but(dropout_p=0.3, seed=2).assert_solved_by("simt")
 
 
 @pytest.mark.parametrize("routing", ["batch", "sample", "token"])
@@ -163,6 +192,9 @@ def test_every_kernel_that_ships_runs_and_is_accurate(simt, dtype):
     for routing in ("batch", "token"):
         needs = frozenset({"y", "x", "A", "B", "R"})
         Routed((2, 9), 72, 40, 4, dtype, dtype, needs=needs, experts=3, routing=routing).assert_solved_by("simt")
+    simt.clusters = True
+    for rank in (4, 30):
+        Routed((2, 9), 72, 40, rank, dtype, dtype, needs=frozenset("xB"), experts=3).assert_solved_by("simt")
     element = {torch.float32: "float", torch.bfloat16: "Bf16", torch.float16: "F16"}[dtype]
     shipped = {name for name in simt.kernels() if f"<{element}" in name}
-    assert len(shipped) >= 20 and shipped <= simt.kernels_run(), shipped - simt.kernels_run()
+    assert len(shipped) >= 24 and shipped <= simt.kernels_run(), shipped - simt.kernels_run()

@@ -33,10 +33,11 @@ def _routed(
     """Forward and backward over two samples; the passes over the activations that each took."""
     y, x, g = (_random(2, tokens, d, seed=s) for s in (1, 2, 6))
     A, B = _random(rank, d, seed=3) / d**0.5, _random(experts, d, rank, seed=4)
-    R = _random(experts, rank, seed=7)
-    _, t, p, w = simt.routed_projection(y, x, A, B, R, None, None, 0.7, routing, "t", 0.0, None)
+    mixed = routing == "static"
+    R, weights = (None, torch.rand(experts)) if mixed else (_random(experts, rank, seed=7), None)
+    _, t, p, w = simt.routed_projection(y, x, A, B, R, weights, None, 0.7, routing, "t", 0.0, None)
     forward = _passes(simt, "x y out", 2 * tokens, d)
-    needs = [True, True, True, True, False]
+    needs = [True, True, True, not mixed, mixed]
     simt.routed_projection_backward(g, x, t, p, w, A, B, R, None, None, 0.7, routing, "t", 0.0, None, needs)
     return forward, _passes(simt, "g x dx", 2 * tokens, d)
 
@@ -65,6 +66,21 @@ def test_sm90_backward_reads_g_and_x_once_and_writes_dx_once():
     assert simt.counters["launches"] == 3
 
 
+@pytest.mark.parametrize("rank", [64, 128])
+def test_sm90_backward_of_a_high_rank_takes_three_passes_too(rank):
+    simt, (tokens, d) = Simt(clusters=True), (128, 1024)
+    _backward(simt, tokens, d, rank)
+    assert _passes(simt, "g x dx", tokens, d) == {"g": 1.0, "x": 1.0, "dx": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("routing", "rank"), [("batch", 16), ("sample", 64), ("token", 8), ("token", 16), ("static", 16), ("static", 64)]
+)
+def test_sm90_backward_of_every_routing_takes_three_passes(routing, rank):
+    _, backward = _routed(Simt(clusters=True), routing, tokens=64, d=512, rank=rank)
+    assert backward == {"g": 1.0, "x": 1.0, "dx": 1.0}
+
+
 @pytest.mark.parametrize(("rank", "reads_of_g"), [(16, 1.0), (32, 1.0), (64, 2.0)])
 def test_sm80_backward_takes_at_most_four_passes(rank, reads_of_g):
     simt, (tokens, d) = Simt(), (256, 512)
@@ -90,6 +106,7 @@ def test_ldmatrix_has_no_bank_conflicts(clusters):
         lambda: _forward(simt, 70, 200, 16),
         lambda: _backward(simt, 70, 200, 16),
         lambda: _backward(simt, 40, 200, 30),
+        lambda: _backward(simt, 40, 300, 60),
     ):
         run()
         assert simt.counters["ldmatrix_phases"] == simt.counters["ldmatrix_ideal"] > 0
@@ -107,12 +124,12 @@ def test_a_row_has_the_same_bits_whatever_the_number_of_rows(dtype, rank):
             assert torch.equal(got, expected[:tokens])
 
 
-@pytest.mark.parametrize("clusters", [False, True])
-def test_gradients_have_the_same_bits_under_every_schedule(clusters):
-    expected = _backward(Simt(seed=0, clusters=clusters), 293, 264, 12)
+@pytest.mark.parametrize(("clusters", "rank"), [(False, 12), (True, 12), (True, 40)])
+def test_gradients_have_the_same_bits_under_every_schedule(clusters, rank):
+    expected = _backward(Simt(seed=0, clusters=clusters), 293, 264, rank)
     for seed in range(1, 4):
         for got, first in zip(
-            _backward(Simt(seed=seed, preempt=0.002, clusters=clusters), 293, 264, 12), expected, strict=True
+            _backward(Simt(seed=seed, preempt=0.002, clusters=clusters), 293, 264, rank), expected, strict=True
         ):
             assert torch.equal(got, first)
 
@@ -125,5 +142,5 @@ def test_no_false_reports_in_sixty_seeded_runs(seed, preempt):
         simt = Simt(seed=seed, preempt=preempt, clusters=clusters)
         _forward(simt, 37, 200, 12)
         _backward(simt, 69, 200, 12)
-        for routing in ("batch", "sample", "token"):
+        for routing in ("batch", "sample", "token", "static"):
             _routed(simt, routing)
