@@ -32,13 +32,39 @@ def test_every_op_has_a_cuda_kernel(extension, name):
 def test_fake_cuda_tensors_go_through_every_op(extension):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        y, x = (torch.empty(2, 5, d, device="cuda", dtype=torch.bfloat16) for d in (40, 24))
-        A, B = torch.empty(4, 24, device="cuda"), torch.empty(40, 4, device="cuda")
-        out, t = torch.ops.lowrank_fast.residual_add(y, x, A, B, 1.0, 0.0, None, True)
-        assert (out.shape, t.shape, out.device.type) == (y.shape, (2, 5, 4), "cuda")
-        dx, dA, dB = torch.ops.lowrank_fast.residual_add_backward(y, x, t, A, B, 1.0, 0.0, None, True, True, True)
-        assert (dx.shape, dA.shape, dB.shape) == (x.shape, A.shape, B.shape)
+    def made(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, device="cuda", dtype=dtype)
+
+    with FakeTensorMode():
+        y, x, A, B, bank, R = (made(*s) for s in ((2, 5, 40), (2, 5, 24), (4, 24), (40, 4), (3, 40, 4), (3, 4)))
+        t, p, w = (made(*s, dtype=torch.float32) for s in ((2, 5, 4), (2, 5, 3), (3,)))
+        drop, routed = (0.0, None), (x, A, bank, R, None, None, 1.0, "batch", "t", 0.0, None)
+        calls = {
+            "residual_add": ((y, x, A, B, 1.0, *drop, True), {}, [y, t]),
+            "residual_add_": ((y, x, A, B, 1.0, *drop, True), {}, [t]),
+            "residual_add_out": ((y, x, A, B, 1.0, *drop, True), {"out": made(2, 5, 40)}, [t]),
+            "residual_add_backward": ((y, x, t, A, B, 1.0, *drop, True, True, True), {}, [x, A, B]),
+            "residual_add_backward_out": ((y, x, t, A, B, 1.0, *drop), dict(dx=x, dA=A, dB=B), []),
+            "shrink": ((x, A, *drop), {}, [t]),
+            "shrink_backward": ((t, x, A, *drop, torch.bfloat16, True, True), {}, [x, A]),
+            "expand_add": ((y, t, B, 1.0), {}, [y]),
+            "expand_add_": ((y, t, B, 1.0), {}, []),
+            "expand_add_backward": ((y, t, B, 1.0, True, True), {}, [t, B]),
+            "routed_projection": ((y, *routed), {}, [y, t, p, w]),
+            "routed_projection_": ((y, *routed), {}, [t, p, w]),
+            "routed_projection_backward": (
+                (y, x, t, p, w, A, bank, R, None, None, 1.0, "batch", "t", *drop, [True, True, True, True, False]),
+                {},
+                [x, A, bank, R, made(0, dtype=torch.float32)],
+            ),
+        }
+        assert calls.keys() == ops.SCHEMAS.keys()
+        for name, (arguments, named, expected) in calls.items():
+            result = getattr(torch.ops.lowrank_fast, name)(*arguments, **named)
+            results = result if isinstance(result, tuple) else () if result is None else (result,)
+            assert [(r.shape, r.dtype, r.device) for r in results] == [
+                (e.shape, e.dtype, e.device) for e in expected
+            ], name
 
 
 def test_the_extension_names_its_architectures(extension):
