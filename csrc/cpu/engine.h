@@ -73,7 +73,9 @@ inline void shrink_few(const Kernels& table, const Rows& x, const PanelSource& P
 // not stay there beside them, so that they are read less often. Sums are written too, so they want more rows to a
 // visit.
 constexpr int64_t kPanelsStay = 128 * 1024;  // floats of panels that stay: half a megabyte of the cache
-inline int64_t medium_rows(const Kernels& table) { return std::min<int64_t>(32, table.most_rows); }
+inline int64_t medium_rows(const Kernels& table) {
+  return table.most_rows > 32 ? table.most_rows / 2 : table.most_rows;
+}
 
 inline int64_t forward_rows(const Kernels& table, int64_t panel_floats, int64_t ranks) {
   if (panel_floats < kPanelsStay) return table.light_rows;

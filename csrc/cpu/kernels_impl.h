@@ -1,8 +1,9 @@
 // The block kernels, written once over the vector type of `simd.h` and compiled per instruction set.
 //
-//   shrink   t[row, k]   = sum_d x[row, d] P[k, d]      4 rows x 4 ranks of accumulators, d in the lanes
-//   expand   out[row, d] = y[row, d] + sum_k z[row, k] P[k, d]      8 rows x 1 unit, d in the lanes
-//   outer    acc[k, d]  += sum_row z[row, k] x[row, d]  8 ranks x 1 unit, d in the lanes
+//                                                        accumulators, d in the lanes, of   32 registers   16 registers
+//   shrink   t[row, k]   = sum_d x[row, d] P[k, d]                    rows x ranks              4 x 4          3 x 4
+//   expand   out[row, d] = y[row, d] + sum_k z[row, k] P[k, d]        rows x halves of a unit   8 x 2          6 x 2
+//   outer    acc[k, d]  += sum_row z[row, k] x[row, d]                ranks x halves            8 x 2          4 x 2
 //
 // Every kernel walks d in chunks so that the panel's chunk (`kChunkBytes`) stays in the caches while the rows
 // stream past it. One accumulator per (row, rank) runs over all of d whatever the block shape, and expand sums the
@@ -21,11 +22,12 @@ namespace {
 using namespace lowrank;
 
 constexpr int64_t kChunkBytes = 64 * 1024;
-constexpr int64_t kLightRows = 16;
-constexpr int kShrinkRanks = kLanes == 16 ? 4 : 2;  // 16 or 8 accumulators of the 32 or 16 registers
+constexpr int64_t kLightRows = kLanes == 16 ? 16 : 24, kMostRows = kLanes == 16 ? 64 : 60;  // multiples of the tiles'
+constexpr int kShrinkRanks = kLanes == 4 ? 2 : 4;
+constexpr int kShrinkRows = kLanes == 16 ? 4 : 3;  // 16 or 12 accumulators of the 32 or 16 registers
 constexpr bool kSplitUnit = kLanes == 4;  // four lanes make long chains of sums: two per rank keep their error down
 constexpr int64_t kChain = 128;           // ranks that expand adds up in one go
-constexpr int kExpandRows = kLanes == 16 ? 8 : 4;
+constexpr int kExpandRows = kLanes == 16 ? 8 : 6;
 constexpr int kOuterRanks = kLanes == 16 ? 8 : 4;
 
 // Columns per chunk: a multiple of 64 (the dropout block and every unit), from 128 to 1024.
@@ -36,10 +38,16 @@ LOWRANK_INLINE int64_t chunk_columns(int64_t k) {
 
 // ---------------------------------------------------------------------------------------------- shrink
 
+template <class S>
+struct Fetch {  // rows that are wanted in the second-level cache soon
+  const S* at;
+  int64_t stride, rows;
+};
+
 // acc[(row * k + rank) * kLanes ..] (+)= products of `columns` columns, for R rows and C ranks; fetches `Ahead` rows.
-template <class D, int R, int C, int Ahead>
+template <class D, class S, int R, int C, int Ahead>
 LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const float* P, int64_t ld, int64_t columns,
-                                float* acc, int64_t k, bool accumulate, const typename D::T* ahead) {
+                                float* acc, int64_t k, bool accumulate, const S* ahead) {
   V sum[R][C], sum_b[R][C];  // sum_b: only where the unit is split
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -48,33 +56,40 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const fl
       sum[i][j] = accumulate ? load(acc + (i * k + j) * kLanes) : V{};
       sum_b[i][j] = V{};
     }
-  auto step = [&](int64_t d, auto load_unit) __attribute__((always_inline)) {
-    for (int i = 0; i < Ahead; ++i) prefetch_unit(ahead + i * stride + d);
-    V a[R], b[R];
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) load_unit(x + i * stride + d, a[i], b[i]);
+  // a half at a time: with both, the inputs and the sums would not fit in 16 registers
+  auto half = [&](const float* p, V(&sums)[R][C], const V(&a)[R]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) {
-      V p = load(P + j * ld + d);
+      V factor = load(p + j * ld);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) sum[i][j] += a[i] * p;
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) {
-      V p = load(P + j * ld + d + kLanes);
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) (kSplitUnit ? sum_b : sum)[i][j] += b[i] * p;
+      for (int i = 0; i < R; ++i) sums[i][j] += a[i] * factor;
     }
   };
   int64_t d = 0;
-  for (; d + kUnit <= columns; d += kUnit) step(d, D::load2);
-  if (d < columns) step(d, [&](const typename D::T* p, V& a, V& b) { load2_tail<D>(p, columns - d, a, b); });
+  for (; d + kUnit <= columns; d += kUnit) {
+    for (int i = 0; i < Ahead; ++i) prefetch_unit(ahead + i * stride + d);
+    V a[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) a[i] = D::template load_half<0>(x + i * stride + d);
+    half(P + d, sum, a);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) a[i] = D::template load_half<1>(x + i * stride + d);
+    half(P + d + kLanes, kSplitUnit ? sum_b : sum, a);
+  }
+  if (d < columns) {
+    V a[R], b[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) load2_tail<D>(x + i * stride + d, columns - d, a[i], b[i]);
+    half(P + d, sum, a);
+    half(P + d + kLanes, kSplitUnit ? sum_b : sum, b);
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) store(acc + (i * k + j) * kLanes, kSplitUnit ? sum[i][j] + sum_b[i][j] : sum[i][j]);
 }
 
+// R rows by all their ranks. The passes over the ranks share the fetching of the R rows at `ahead`.
 template <class D, int R, int Ahead>
 LOWRANK_INLINE void shrink_passes(const typename D::T* x, int64_t stride, const float* P, int64_t ld, int64_t columns,
                                   float* acc, int64_t k, bool accumulate, const typename D::T* ahead) {
@@ -82,31 +97,29 @@ LOWRANK_INLINE void shrink_passes(const typename D::T* x, int64_t stride, const 
   const int64_t passes = k / C;
   int64_t rank = 0;
   for (int64_t pass = 0; pass < passes; ++pass, rank += C)
-    shrink_tile<D, R, C, Ahead>(x, stride, P + rank * ld, ld, columns, acc + rank * kLanes, k, accumulate,
-                                ahead + pass * R / passes * stride);
+    shrink_tile<D, typename D::T, R, C, Ahead>(x, stride, P + rank * ld, ld, columns, acc + rank * kLanes, k,
+                                               accumulate, ahead + pass * R / passes * stride);
   for (; rank < k; rank += kShrinkRanks)
-    shrink_tile<D, R, kShrinkRanks, 0>(x, stride, P + rank * ld, ld, columns, acc + rank * kLanes, k, accumulate, x);
+    shrink_tile<D, typename D::T, R, kShrinkRanks, 0>(x, stride, P + rank * ld, ld, columns, acc + rank * kLanes, k,
+                                                      accumulate, ahead);
 }
 
-// R rows; the passes over their ranks share the fetching of the R rows at `ahead`.
-template <class D, int R>
-LOWRANK_INLINE void shrink_rows(const typename D::T* x, int64_t stride, const float* P, int64_t ld, int64_t columns,
-                                float* acc, int64_t k, bool accumulate, const typename D::T* ahead) {
-  if (k >= R * kShrinkRanks)
-    shrink_passes<D, R, 1>(x, stride, P, ld, columns, acc, k, accumulate, ahead);
-  else
-    shrink_passes<D, R, R / 2>(x, stride, P, ld, columns, acc, k, accumulate, ahead);
-}
-
-// `more`: the same rows follow at the next columns.
 template <class D>
 static void shrink_chunk(const typename D::T* x, int64_t stride, int64_t rows, const float* P, int64_t ld,
                          int64_t columns, float* acc, int64_t k, bool accumulate, bool more) {
+  constexpr int R = kShrinkRows;
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) {
-    const typename D::T* next = row + 8 > rows && more ? x + columns : x + (row + 4) * stride;
-    shrink_rows<D, 4>(x + row * stride, stride, P, ld, columns, acc + row * k * kLanes, k, accumulate, next);
+  for (; row + R <= rows; row += R) {
+    const typename D::T* next = row + 2 * R > rows && more ? x + columns : x + (row + R) * stride;
+    const typename D::T* from = x + row * stride;
+    float* sums = acc + row * k * kLanes;
+    if (k >= R * kShrinkRanks)
+      shrink_passes<D, R, 1>(from, stride, P, ld, columns, sums, k, accumulate, next);
+    else
+      shrink_passes<D, R, (R + 1) / 2>(from, stride, P, ld, columns, sums, k, accumulate, next);
   }
+  for (; R > 2 && row + 2 <= rows; row += 2)
+    shrink_passes<D, 2, 0>(x + row * stride, stride, P, ld, columns, acc + row * k * kLanes, k, accumulate, x);
   for (; row < rows; ++row)
     shrink_passes<D, 1, 0>(x + row * stride, stride, P, ld, columns, acc + row * k * kLanes, k, accumulate, x);
 }
@@ -125,21 +138,87 @@ static void sum_lanes(const float* acc, int64_t n, float* t) {
   }
 }
 
-// x * multipliers as float32 [rows][columns rounded up], in panel order, so that the F32 kernels can read it.
+// Rows of x, times dropout's multipliers, as float32 [rows][ld] in panel order, zeros behind the last column.
 template <class D>
-static void drop_chunk(const Matrix& x, int64_t rows, int64_t begin, int64_t columns, const Dropout& drop,
+static void stage_rows(const Matrix& x, int64_t rows, int64_t begin, int64_t columns, const Dropout& drop,
                        int64_t first_row, float* out, int64_t ld) {
   float* m = scratch().multipliers;
   for (int64_t row = 0; row < rows; ++row) {
-    dropout_row(drop, first_row + row, begin, columns, m);
+    if (drop.on) dropout_row(drop, first_row + row, begin, columns, m);
     const typename D::T* p = row_of<D>(x, row, begin);
+    float* to = out + row * ld;
     for (int64_t d = 0; d < columns; d += kUnit) {
-      V a, b, ma, mb;
+      V a, b;
       columns - d >= kUnit ? D::load2(p + d, a, b) : load2_tail<D>(p + d, columns - d, a, b);
-      multipliers2<D>(m + d, ma, mb);
-      store(out + row * ld + d, a * ma);
-      store(out + row * ld + d + kLanes, b * mb);
+      if (drop.on) {
+        V ma, mb;
+        multipliers2<D>(m + d, ma, mb);
+        a *= ma;
+        b *= mb;
+      }
+      store(to + d, a);
+      store(to + d + kLanes, b);
     }
+  }
+}
+
+// Whether pieces of rows are worth a copy in the first-level cache before many ranks read them: 16-bit numbers are then
+// converted once, and rows that lie whole pages apart (`again`: to be read by shrink and outer) do not push each other
+// out.
+template <class D>
+LOWRANK_INLINE bool staged(const Matrix& x, int64_t rows, int64_t k, const Dropout& drop, bool again) {
+  if (drop.on) return true;
+  if (kLanes == 16 || rows < kShrinkRows || k < 16) return false;
+  return sizeof(typename D::T) == 2 || (again && x.stride % 512 == 0);
+}
+
+constexpr int64_t kStagedRows = 12, kStagedColumns = 256, kStagedLd = kStagedColumns + 16;
+
+// f(row, count, begin, columns, next) for each piece of [0, rows) x [from, to), staged at `scratch().rows`; `next`: the
+// rows of the piece that follows.
+template <class D, class F>
+LOWRANK_INLINE void staged_pieces(const Matrix& x, int64_t rows, int64_t from, int64_t to, const Dropout& drop,
+                                  int64_t first_row, const F& f) {
+  float* memory = scratch().rows;
+  for (int64_t begin = from; begin < to; begin += kStagedColumns) {
+    const int64_t columns = to - begin < kStagedColumns ? to - begin : kStagedColumns;
+    for (int64_t row = 0; row < rows; row += kStagedRows) {
+      const int64_t count = rows - row < kStagedRows ? rows - row : kStagedRows;
+      const Matrix piece{row_of<D>(x, row, 0), x.stride, x.cols};
+      stage_rows<D>(piece, count, begin, columns, drop, first_row + row, memory, kStagedLd);
+      const bool last = row + count >= rows;
+      Fetch<typename D::T> next{
+          last && begin + columns < to ? row_of<D>(x, 0, begin + columns) : row_of<D>(x, row + count, begin), x.stride,
+          count};
+      f(row, count, begin, round_up(columns, kUnit), next);
+    }
+  }
+}
+
+// Staged rows by all their ranks, four at a time; each tile fetches a row of what comes next.
+template <class D>
+static void shrink_staged(int64_t rows, const float* P, int64_t ld, int64_t columns, float* acc, int64_t k,
+                          bool accumulate, Fetch<typename D::T> next) {
+  constexpr int R = kShrinkRows, C = kShrinkRanks;
+  const float* x = scratch().rows;
+  for (int64_t rank = 0; rank < k; rank += C) {
+    const float* factors = P + rank * ld;
+    float* sums = acc + rank * kLanes;
+    int64_t row = 0;
+    for (; row + R <= rows; row += R) {
+      const float* from = x + row * kStagedLd;
+      float* to = sums + row * k * kLanes;
+      if (next.rows > 0) {
+        shrink_tile<F32, typename D::T, R, C, 1>(from, kStagedLd, factors, ld, columns, to, k, accumulate, next.at);
+        next.at += next.stride;
+        --next.rows;
+      } else {
+        shrink_tile<F32, float, R, C, 0>(from, kStagedLd, factors, ld, columns, to, k, accumulate, from);
+      }
+    }
+    for (; row < rows; ++row)
+      shrink_tile<F32, float, 1, C, 0>(x + row * kStagedLd, kStagedLd, factors, ld, columns, sums + row * k * kLanes, k,
+                                       accumulate, x);
   }
 }
 
@@ -151,14 +230,17 @@ static void shrink(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, 
   const int64_t chunk = chunk_columns(k < kRankBlock ? k : kRankBlock);
   for (int64_t rank = 0; rank < k; rank += kRankBlock) {
     const int64_t ranks = k - rank < kRankBlock ? k - rank : kRankBlock;
-    for (int64_t begin = from; begin < to; begin += chunk) {
-      const int64_t columns = to - begin < chunk ? to - begin : chunk;
-      const float* panel = P.data + rank * P.ld + begin;
-      if (drop.on) {
-        drop_chunk<D>(x, rows, begin, columns, drop, first_row, s.rows, chunk);
-        shrink_chunk<F32>(s.rows, chunk, rows, panel, P.ld, round_up(columns, kUnit), s.lanes, ranks, begin > 0, false);
-      } else {
-        shrink_chunk<D>(row_of<D>(x, 0, begin), x.stride, rows, panel, P.ld, columns, s.lanes, ranks, begin > 0,
+    const float* panel = P.data + rank * P.ld;
+    if (staged<D>(x, rows, k, drop, false)) {
+      staged_pieces<D>(x, rows, from, to, drop, first_row,
+                       [&](int64_t row, int64_t count, int64_t begin, int64_t columns, auto next) {
+                         shrink_staged<D>(count, panel + begin, P.ld, columns, s.lanes + row * ranks * kLanes, ranks,
+                                          begin > 0, next);
+                       });
+    } else {
+      for (int64_t begin = from; begin < to; begin += chunk) {
+        const int64_t columns = to - begin < chunk ? to - begin : chunk;
+        shrink_chunk<D>(row_of<D>(x, 0, begin), x.stride, rows, panel + begin, P.ld, columns, s.lanes, ranks, begin > 0,
                         begin + columns < to);
       }
     }
@@ -223,11 +305,13 @@ LOWRANK_INLINE void expand_rows(const typename D::T* y, int64_t y_stride, typena
         a[i] += earlier_a[i];
         b[i] += earlier_b[i];
       }
+    // All of y is read before anything is written: where the rows of y and out lie whole pages apart, a load behind a
+    // store to the same place in another page waits for it.
     const typename D::T* from = y + d;  // walked, not indexed: sixteen row pointers would push vectors out of registers
     typename D::T* to = out + d;
+    if (y) {
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-      if (y) {
+      for (int i = 0; i < R; ++i) {
         V ya, yb;
         load_unit(from, ya, yb);
         a[i] = ya + a[i];
@@ -235,6 +319,9 @@ LOWRANK_INLINE void expand_rows(const typename D::T* y, int64_t y_stride, typena
         from += y_stride;
         LOWRANK_OPAQUE(from);
       }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
       store_unit(to, a[i], b[i]);
       to += out_stride;
       LOWRANK_OPAQUE(to);
@@ -397,15 +484,17 @@ template <class D>
 static void outer(const Matrix& x, int64_t rows, const float* z, int64_t k, float* acc, int64_t ld, bool accumulate,
                   int64_t begin, int64_t end, const Dropout& drop, int64_t first_row) {
   Scratch& s = scratch();
+  if (staged<D>(x, rows, k, drop, true)) {
+    staged_pieces<D>(
+        x, rows, begin, end, drop, first_row, [&](int64_t row, int64_t count, int64_t from, int64_t columns, auto) {
+          outer_chunk<F32>(s.rows, kStagedLd, count, z + row * k, k, acc + from, ld, accumulate || row > 0, columns);
+        });
+    return;
+  }
   const int64_t chunk = chunk_columns(k);
   for (; begin < end; begin += chunk) {
     const int64_t columns = end - begin < chunk ? end - begin : chunk;
-    if (drop.on) {
-      drop_chunk<D>(x, rows, begin, columns, drop, first_row, s.rows, chunk);
-      outer_chunk<F32>(s.rows, chunk, rows, z, k, acc + begin, ld, accumulate, round_up(columns, kUnit));
-    } else {
-      outer_chunk<D>(row_of<D>(x, 0, begin), x.stride, rows, z, k, acc + begin, ld, accumulate, columns);
-    }
+    outer_chunk<D>(row_of<D>(x, 0, begin), x.stride, rows, z, k, acc + begin, ld, accumulate, columns);
   }
 }
 
@@ -421,6 +510,17 @@ static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, floa
     return;
   }
   Scratch& s = scratch();
+  if (staged<D>(g, rows, k, none, acc != nullptr)) {
+    staged_pieces<D>(
+        g, rows, 0, g.cols, none, 0, [&](int64_t row, int64_t count, int64_t begin, int64_t columns, auto next) {
+          shrink_staged<D>(count, P.data + begin, P.ld, columns, s.lanes + row * k * kLanes, k, begin > 0, next);
+          if (acc)
+            outer_chunk<F32>(s.rows, kStagedLd, count, z + row * z_k, z_k, acc + begin, ld, accumulate || row > 0,
+                             columns);
+        });
+    sum_lanes(s.lanes, rows * k, u);
+    return;
+  }
   const int64_t chunk = chunk_columns(k);
   for (int64_t begin = 0; begin < g.cols; begin += chunk) {
     const int64_t columns = g.cols - begin < chunk ? g.cols - begin : chunk;
@@ -461,7 +561,7 @@ static void multiply_add(int64_t count) {
 template <class D>
 constexpr Kernels table() {
   constexpr PanelFormat panel = {panel_floats, pack<D>, !D::even_odd};
-  return {kUnit,     kLightRows,    kRowBlock, panel,           panel,           panel_ld, unpack<D>,   shrink<D>,
+  return {kUnit,     kLightRows,    kMostRows, panel,           panel,           panel_ld, unpack<D>,   shrink<D>,
           expand<D>, expand_row<D>, outer<D>,  shrink_outer<D>, expand_outer<D>, softmax,  multiply_add};
 }
 

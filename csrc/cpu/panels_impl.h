@@ -38,7 +38,7 @@ struct UnitOrder {
 template <class D, class S, class F>
 LOWRANK_INLINE bool transposed_half(const typename S::T* data, const Factor& f, int64_t rank, int64_t ranks, int64_t d,
                                     int half, const F& write) {
-#if LOWRANK_LANES == 16
+#if LOWRANK_LANES > 4
   constexpr int packed = 4 / sizeof(typename S::T);  // elements to a word
   const int64_t stride = UnitOrder<D>::step * f.stride_d;
   if (std::is_same_v<S, F16> || d + kUnit > f.d || ranks % (4 * packed) || stride % packed) return false;

@@ -62,6 +62,10 @@ struct F32 {
     store(p, a);
     store(p + kLanes, b);
   }
+  template <int Half>
+  LOWRANK_INLINE V load_half(const T* p) {
+    return load(p + Half * kLanes);
+  }
   LOWRANK_INLINE V load1(const T* p) { return load(p); }
   LOWRANK_INLINE void store1(T* p, V v) { store(p, v); }
 };
@@ -82,6 +86,11 @@ struct BF16 {
     VU pairs = *reinterpret_cast<const UnalignedVU*>(p);
     even = (V)(pairs << 16);
     odd = (V)(pairs & 0xffff0000u);
+  }
+  template <int Half>
+  LOWRANK_INLINE V load_half(const T* p) {
+    VU pairs = *reinterpret_cast<const UnalignedVU*>(p);
+    return (V)(Half ? pairs & 0xffff0000u : pairs << 16);
   }
   LOWRANK_INLINE void store2(T* p, V even, V odd) {
 #if defined(LOWRANK_BF16_STORE)
@@ -165,6 +174,10 @@ struct F16 {
   LOWRANK_INLINE void load2(const T* p, V& a, V& b) {
     a = load1(p);
     b = load1(p + kLanes);
+  }
+  template <int Half>
+  LOWRANK_INLINE V load_half(const T* p) {
+    return load1(p + Half * kLanes);
   }
   LOWRANK_INLINE void store2(T* p, V a, V b) {
     store1(p, a);
@@ -283,30 +296,44 @@ LOWRANK_INLINE void transpose(V* v) {  // kLanes x kLanes in registers: swap off
   }
 }
 
-// write(j, v): lane i of v is word j of the row at p + i * stride words, for j < words, a multiple of 4. Sixteen lanes
-// only: four loads fill a register with the same quarter of four rows, so that the shuffles stay within quarters: half
-// of what `transpose` takes.
+// write(j, v): lane i of v is word j of the row at p + i * stride words, for j < words, a multiple of 4. Loads fill a
+// register with the same four words of every fourth row, so that the shuffles stay within quarters: half of what
+// `transpose` takes. Not for four lanes.
+#if LOWRANK_LANES > 4
+LOWRANK_INLINE V every_fourth_row(const float* row, int64_t stride) {
 #if LOWRANK_LANES == 16
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(row));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(row + 4 * stride), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(row + 8 * stride), 2);
+  return (V)_mm512_insertf32x4(v, _mm_loadu_ps(row + 12 * stride), 3);
+#else
+  return (V)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)), _mm_loadu_ps(row + 4 * stride), 1);
+#endif
+}
+
+// The low or high two words of each quarter of a and of b, `Words` at a time in turn: unpcklps .. unpckhpd.
+template <int Words, bool High>
+LOWRANK_INLINE V zip_quarters(V a, V b) {
+  VI index;
+  for (int i = 0; i < kLanes; ++i) {
+    const int quarter = i / 4 * 4, word = i % 4 / Words / 2 * Words + i % Words + (High ? 2 : 0);
+    index[i] = quarter + word + (i % 4 / Words % 2 ? kLanes : 0);
+  }
+  return shuffle(a, b, index);
+}
+
 template <class Write>
 LOWRANK_INLINE void load_transposed(const float* p, int64_t stride, int64_t words, const Write& write) {
   for (int64_t j = 0; j < words; j += 4, p += 4) {
-    __m512 a[4];
+    V a[4];
 #pragma GCC unroll 4
-    for (int m = 0; m < 4; ++m) {
-      const float* row = p + m * stride;
-      a[m] = _mm512_castps128_ps512(_mm_loadu_ps(row));
-      a[m] = _mm512_insertf32x4(a[m], _mm_loadu_ps(row + 4 * stride), 1);
-      a[m] = _mm512_insertf32x4(a[m], _mm_loadu_ps(row + 8 * stride), 2);
-      a[m] = _mm512_insertf32x4(a[m], _mm_loadu_ps(row + 12 * stride), 3);
-    }
-    const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(a[0], a[1])),
-                  high = _mm512_castps_pd(_mm512_unpackhi_ps(a[0], a[1])),
-                  low2 = _mm512_castps_pd(_mm512_unpacklo_ps(a[2], a[3])),
-                  high2 = _mm512_castps_pd(_mm512_unpackhi_ps(a[2], a[3]));
-    write(j, (V)_mm512_unpacklo_pd(low, low2));
-    write(j + 1, (V)_mm512_unpackhi_pd(low, low2));
-    write(j + 2, (V)_mm512_unpacklo_pd(high, high2));
-    write(j + 3, (V)_mm512_unpackhi_pd(high, high2));
+    for (int m = 0; m < 4; ++m) a[m] = every_fourth_row(p + m * stride, stride);
+    const V low = zip_quarters<1, false>(a[0], a[1]), high = zip_quarters<1, true>(a[0], a[1]);
+    const V low2 = zip_quarters<1, false>(a[2], a[3]), high2 = zip_quarters<1, true>(a[2], a[3]);
+    write(j, zip_quarters<2, false>(low, low2));
+    write(j + 1, zip_quarters<2, true>(low, low2));
+    write(j + 2, zip_quarters<2, false>(high, high2));
+    write(j + 3, zip_quarters<2, true>(high, high2));
   }
 }
 #endif
