@@ -238,7 +238,7 @@ class Reducer:
                 p = torch.tensor([_sigmoid(-self.scores[n]) for n in names], dtype=torch.float64)
                 drawn = torch.multinomial(p / p.sum(), wanted, replacement=False, generator=generator)
                 trials.append([names[i] for i in drawn.tolist()])
-                losses.append(self._suppressed_loss(trials[-1], batch))
+                losses.append(self.suppressed_loss(trials[-1], batch))
         rewards = torch.exp(-_mean_over_ranks(torch.tensor(losses, dtype=torch.float64)))
         rewards = rewards - rewards.mean()
         for reward, suppressed in zip(rewards.tolist(), trials, strict=True):
@@ -246,7 +246,8 @@ class Reducer:
                 q = _sigmoid(-self.scores[name])
                 self.scores[name] -= STEP_SIZE * reward * q * (1.0 - q)
 
-    def _suppressed_loss(self, names: list[str], batch: Any) -> float:
+    def suppressed_loss(self, names: list[str], batch: Any) -> float:
+        """The loss on `batch` with the updates of these units scaled by 0.25; they are as before afterwards."""
         try:
             for name in names:
                 for layer in self.units[name]:

@@ -185,7 +185,7 @@ def suppression_effect(model: Any, reducer: Any, batch: dict[str, torch.Tensor])
         base = float(model(**batch).loss)
         found = {}
         for unit in reducer.units:
-            found[unit] = reducer._suppressed_loss([unit], batch) - base
+            found[unit] = reducer.suppressed_loss([unit], batch) - base
     return found
 
 
@@ -254,8 +254,8 @@ def test_suppression_updates_scores_by_the_published_rule() -> None:
     reducer = effilora_reducer(model, validation=[None], loss=lambda m, b: torch.tensor(next(losses)))
     reducer.importance = "suppression"
     trials: list[list[str]] = []
-    original = reducer._suppressed_loss
-    reducer._suppressed_loss = lambda names, batch: (trials.append(names), original(names, batch))[1]  # type: ignore
+    original = reducer.suppressed_loss
+    reducer.suppressed_loss = lambda names, batch: (trials.append(names), original(names, batch))[1]  # type: ignore
     reducer.begin_step(10)
     rewards = torch.exp(-torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
     rewards = rewards - rewards.mean()
