@@ -231,7 +231,8 @@ class LoR2CController:
         progress.last_step = step
         if progress.fade_steps:
             self._advance_fade(step)
-            return []
+            if progress.fade_steps:
+                return []
         merge = self._due(step, self.max_merges, progress.merges, self._intervals[0])
         inject = self._due(step, self.max_injections, progress.injections, self._intervals[1])
         if not (merge or inject):

@@ -112,6 +112,21 @@ def test_auto_merges_concentrated_branches_and_leaves_spread_ones_alone() -> Non
     assert not [event for step in range(1, 401) for event in controller.step(step)]
 
 
+def test_auto_has_eight_event_points_in_the_first_quarter() -> None:
+    topology = topology_of([spread(0.1) for _ in range(12)])
+    controller = LoR2CController(topology, 800, max_merges="auto")
+    steps = [event["step"] for step in range(1, 801) for event in controller.step(step)]
+    assert steps == [26 * (i + 1) for i in range(8)]
+
+
+def test_the_step_that_ends_a_fade_can_be_the_next_event() -> None:
+    topology = topology_of([spread(0.1 * (i + 1)) for i in range(4)])
+    controller = LoR2CController(topology, max_merges=2, merge_interval=2, fade_steps=2)
+    steps = [event["step"] for step in range(1, 9) for event in controller.step(step)]
+    assert steps == [2, 4]
+    assert len(topology.steady()) == 2
+
+
 def test_freed_tensors_leave_the_optimizers_state_but_not_its_groups() -> None:
     topology = topology_of([spread(0.1), spread(0.2), spread(0.4)])
     parameters = [p for slot in topology.slots for p in slot.parameters()]

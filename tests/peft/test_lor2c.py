@@ -235,14 +235,25 @@ def test_defect_2_injected_lora_trains_from_its_injection_to_the_end(architectur
             assert not torch.equal(slot.lora(role)[1], before), (step, role)
 
 
-def test_defect_3_the_pair_with_the_least_information_merges_not_the_most() -> None:
-    model = lor2c(noise=0.0, r=8, max_merges=1, merge_interval=1)
-    topology = find_topology(model)
-    for i, slot in enumerate(topology.slots):  # blocks 2, 3: rank-one updates, SFS 0; blocks 0, 1: spread evenly
+def concentrate(model: Any, blocks: set[int]) -> None:
+    """Rank-one updates (SFS 0) in `blocks`, updates that use their rank of 8 evenly in the others."""
+    for i, slot in enumerate(find_topology(model).slots):
         basis = torch.linalg.qr(torch.randn(tiny.HIDDEN, 8, generator=torch.Generator().manual_seed(i))).Q
         slot.down.weight.data.copy_(basis.mT)
-        sizes = torch.ones(8) if i < 2 else torch.tensor([1.0] + [1e-4] * 7)
-        slot.up.weight.data.copy_(basis * sizes)
+        slot.up.weight.data.copy_(basis * (torch.tensor([1.0] + [1e-4] * 7) if i in blocks else torch.ones(8)))
+
+
+def test_auto_injects_into_concentrated_branches_and_into_no_other() -> None:
+    model = lor2c(noise=0.0, r=8, max_injections="auto")
+    concentrate(model, {1, 2})
+    controller = lor2c_controller(model, 400)
+    events = [event for step in range(1, 401) for event in controller.step(step)]
+    assert [(event["kind"], event["blocks"]) for event in events] == [("inject", [[1, 1]]), ("inject", [[2, 2]])]
+
+
+def test_defect_3_the_pair_with_the_least_information_merges_not_the_most() -> None:
+    model = lor2c(noise=0.0, r=8, max_merges=1, merge_interval=1)
+    concentrate(model, {2, 3})
     (event,) = lor2c_controller(model, 4).step(1)
     assert event["blocks"] == [[2, 2], [3, 3]]
     assert max(event["sfs"]) < 0.01
