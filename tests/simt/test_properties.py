@@ -53,9 +53,10 @@ def test_forward_reads_x_and_y_once_and_writes_out_once():
     assert _passes(simt, "x y out", tokens, d) == {"x": 1.0, "y": 1.0, "out": 1.0}
 
 
-def test_small_forward_is_one_launch():
+@pytest.mark.parametrize("tokens", [1, 5, 128])
+def test_small_forward_is_one_launch(tokens):
     simt = Simt()
-    _forward(simt, 5, 512, 16)
+    _forward(simt, tokens, 512, 16)
     assert simt.counters["launches"] == 1
 
 
