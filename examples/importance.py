@@ -67,6 +67,7 @@ def correlations(seed: int, arguments: argparse.Namespace) -> dict[int, float]:
         optimizer.zero_grad()
         if (step + 1) % arguments.every == 0:
             found[step + 1] = spearman(*scores(model, reducer, held_out))
+            print(f"seed {seed}  step {step + 1:4d}  {found[step + 1]:6.3f}", flush=True)
     return found
 
 
@@ -78,11 +79,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--held-out", type=int, default=128)
     arguments = parser.parse_args()
+    print(f"Spearman correlation of signal and suppression over the units ({arguments.unit})")
     runs = [correlations(seed, arguments) for seed in range(arguments.seeds)]
-    print(f"Spearman correlation of signal and suppression over the units ({arguments.unit}), one column per seed")
     for step in runs[0]:
-        values = [run[step] for run in runs]
-        print(f"step {step:4d}  {'  '.join(f'{v:6.3f}' for v in values)}   mean {statistics.mean(values):6.3f}")
+        print(f"mean    step {step:4d}  {statistics.mean(run[step] for run in runs):6.3f}")
 
 
 if __name__ == "__main__":

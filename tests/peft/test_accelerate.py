@@ -16,6 +16,7 @@ from lowrank_fast.peft import LoR2CConfig, accelerate_adapters, restore_adapters
 
 from . import tiny
 from .conftest import TARGETS
+from .test_every_method import assert_close, gradients
 from .test_lily import CALLS, _flat, relative, step_of
 
 
@@ -162,6 +163,47 @@ def test_merging_disabling_and_switching_still_work() -> None:
     assert relative(model(**batch).logits, first) < 1e-6
     mixed = model(**batch, adapter_names=["default", "second", "__base__"]).logits
     assert relative(mixed[2], base[2]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["lora", "lily"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_pefts_gradients(kind: str, reentrant: bool) -> None:
+    model, batch = (lora() if kind == "lora" else lily()).train(), tiny.batch("llama")
+    expected = gradients(model, batch)
+    accelerate_adapters(model, verbose=False)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert_close(gradients(model, batch), expected, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lily"])
+def test_autocast_and_generation_go_on_working(kind: str) -> None:
+    model, batch = lora() if kind == "lora" else lily(), tiny.batch("llama", rows=2)
+    arguments = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    expected, logits = model.generate(**prompt, **arguments), model(**batch).logits
+    accelerate_adapters(model, verbose=False)
+    assert torch.equal(model.generate(**prompt, **arguments), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(**batch)
+    out.loss.backward()
+    assert relative(out.logits, logits) < 0.03
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "lily"])
+def test_torch_compile_gives_pefts_loss_and_gradients(kind: str) -> None:
+    model, batch = (lora() if kind == "lora" else lily()).train(), tiny.batch("llama")
+    expected, loss = gradients(model, batch), float(model(**batch).loss.detach())
+    accelerate_adapters(model, verbose=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    model.zero_grad()
+    found = compiled(**batch).loss
+    found.backward()
+    assert float(found.detach()) == pytest.approx(loss, rel=1e-6)
+    assert_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected, 1e-5)
 
 
 def test_dropout_has_the_same_distribution_and_is_off_in_eval() -> None:
