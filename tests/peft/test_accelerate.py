@@ -67,6 +67,20 @@ def test_lily_keeps_its_forward_gradients_and_adamw_step(fuse: bool) -> None:
     assert relative(found[2], expected[2]) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["lora", "lily"])
+def test_in_float64_every_tensor_is_pefts(kind: str) -> None:
+    batch = tiny.batch("llama")
+    model, theirs = ((lora(targets=CALLS) if kind == "lora" else lily()).double() for _ in range(2))
+    accelerate_adapters(model, verbose=False)
+    logits, gradients, after = step_of(model, batch)
+    expected, their_gradients, their_after = step_of(theirs, batch)
+    assert relative(logits, expected) < 1e-13
+    assert relative(after, their_after) < 1e-13
+    assert gradients.keys() == their_gradients.keys()
+    for name, gradient in gradients.items():
+        assert relative(gradient, their_gradients[name]) < 1e-12, name
+
+
 def loss_curve(model: Any, rate: float, flip: bool = False) -> torch.Tensor:
     """Losses of 100 AdamW steps over eight batches, float64; `flip` turns the order of the rows of each batch."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
