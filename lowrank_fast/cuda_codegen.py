@@ -185,7 +185,7 @@ def configurations() -> list[Any]:
     found = []
     for dtype in DTYPES:
         for rank in (16, 32, 64, 128):
-            found += [call("residual", "forward", T, rank, dtype) for T in (128, 8192)]
+            found += [call("residual", "forward", T, rank, dtype) for T in (128, 16384)]
             found += [call(op, "backward", 8192, rank, dtype) for op in ("residual", "batch", "static", "dB")]
             found.append(call("residual", "backward", 8192, rank, dtype)._replace(d=1024))
         found += [call("batch", "forward", 8192, 16, dtype), call("token", "backward", 8192, 16, dtype)]

@@ -1,4 +1,5 @@
 // The Python module, and what the bindings ask of the device: the kernels for it, torch's current stream on it.
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
 #include <array>
@@ -9,8 +10,6 @@
 #include "architectures.h"  // written by the build: LOWRANK_TABLES, LOWRANK_ARCHITECTURES
 #include "cuda_binding.h"
 
-// From libtorch_cuda; weak, so that the extension loads, and says what is missing, under a torch without CUDA.
-extern "C" __attribute__((weak)) int aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 // From the CUDA runtime, which is linked statically into this extension. 75 and 76: cudaDevAttrComputeCapabilityMajor,
 // Minor.
 extern "C" int cudaDeviceGetAttribute(int* value, int attribute, int device);
@@ -57,11 +56,27 @@ const KernelTable& kernels_for(int device) {
   return *table;
 }
 
+namespace {
+
+// torch's own function, of the libtorch_cuda that it has loaded; null under a torch without CUDA. Looked up, because
+// the extension is not linked with that library, so as to load, and say what is missing, without it; and a symbol left
+// open stays null, since torch loads its libraries outside the scope that all extensions share.
+auto torch_current_stream() {
+  using Function = int (*)(int32_t device, void** stream);
+  static const auto found = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Function>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  return found;
+}
+
+}  // namespace
+
 void* current_stream(int device) {
-  TORCH_CHECK(aoti_torch_get_current_cuda_stream,
-              "lowrank_fast: this torch has no CUDA; install a CUDA build of torch");
+  const auto get = torch_current_stream();
+  TORCH_CHECK(get, "lowrank_fast: this torch has no CUDA; install a CUDA build of torch");
   void* stream = nullptr;
-  TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "lowrank_fast: no current CUDA stream");
+  TORCH_CHECK(get(device, &stream) == 0, "lowrank_fast: no current CUDA stream");
   return stream;
 }
 
@@ -76,7 +91,7 @@ PYBIND11_MODULE(_CUDA, m) {
   m.doc() = "CUDA kernels of lowrank_fast; `register()` puts them behind the ops.";
   m.attr("architectures") = LOWRANK_ARCHITECTURES;
   m.attr("torch_version") = LOWRANK_TEXT(LOWRANK_TORCH_VERSION);
-  m.attr("finds_torch_cuda") = aoti_torch_get_current_cuda_stream != nullptr;
+  m.attr("finds_torch_cuda") = lowrank::torch_current_stream() != nullptr;
   m.def("register", [] {
     static torch::Library library(torch::Library::IMPL, "lowrank_fast", c10::DispatchKey::CUDA, __FILE__, __LINE__);
     lowrank::register_adds(library);
