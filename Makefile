@@ -32,9 +32,9 @@ setup: $(INSTALLED) ## make .venv: torch, the tools, the benchmark's model and t
 
 build: $(BUILT) ## compile the C++ CPU kernels (incremental)
 
-test: build ## the fast tests; Triton's in a process of their own, which interprets the kernels
+test: build ## the fast tests; the Triton kernels, and every op through them, interpreted in a process of their own
 	$(BIN)/pytest --ignore=tests/triton $(PYTEST_ARGS)
-	@[ -n "$(PYTEST_ARGS)" ] || TRITON_INTERPRET=1 $(BIN)/pytest tests/triton
+	@[ -n "$(PYTEST_ARGS)" ] || TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/triton tests/ops -k triton
 
 test-slow: build ## the slow tests
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
@@ -46,7 +46,7 @@ test-oldest-triton: ## the Triton tests with the oldest Triton, which needs nump
 	[ -x $(OLDEST_VENV)/bin/python ] || $(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --constraint constraints-oldest-triton.txt $(TORCH_PIP_ARGS) \
 	  torch triton numpy rich pytest pytest-benchmark hypothesis
-	TRITON_INTERPRET=1 PYTHONPATH=. $(OLDEST_VENV)/bin/python -m pytest tests/triton $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(OLDEST_VENV)/bin/python -m pytest tests/triton tests/ops -k triton $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ COLUMNS = (
     "kernel", "config", "arch", "registers", "spills", "shared_bytes", "ctas_per_sm", "bytes_in_flight", "load_bytes",
     "async_copies", "tensor_ops", "atomics", "dram_bytes", "model_seconds",
 )  # fmt: skip
+SHARE = 8  # kernels that a worker compiles before it starts the disassembler
 HEAD = (
     "kernel", "configuration", "arch", "regs", "spill", "shared KB", "CTA/SM", "KB in flight", "load B", "async",
     "matrix", "atomic", "DRAM MB", "model µs", "",
@@ -72,7 +73,7 @@ def configurations(quick: bool = False) -> list[Config]:
     found += [_config("batch", way, 8192, 16, on="x") for way in both]
     found += [_config("token", "backward", 8192, 16, on="x"), _config("batch", "backward", 8192, 128, on="x")]
     found += [_config("batch", "forward", 4096, 16), _config("static", "forward", 8192, 32)]
-    found += [_config("residual", "backward", 8192, 16)._replace(d=16384)]
+    found += [_config(op, "backward", 8192, 16)._replace(d=16384) for op in ("residual", "batch")]
     found += [_config("residual", way, 8192, 128) for way in both]
     found += [_config("residual", "forward", 1024, 128), _config("residual", "forward", 8192, 8)]
     found += [_config("residual", way, 8192, 16, dropout=True) for way in both]
@@ -82,7 +83,7 @@ def configurations(quick: bool = False) -> list[Config]:
     for r in (16, 64):
         found += [_config(op, way, 8192, r, "float32") for op in ("residual", "batch") for way in both]
         found += [_config("residual", "forward", 1024, r, "float32")]
-    found += [_config("token", way, 8192, 32, "float32") for way in both]
+    found += [_config("token", way, 8192, r, "float32") for r in (16, 64) for way in both]
     found += [_config("dx", "backward", 8192, 64, "float32", dropout=True)]
     return list(dict.fromkeys(found))
 
@@ -144,39 +145,42 @@ def _call(c: Config) -> None:
     )
 
 
-def _facts(config: Config, architecture: str, index: int) -> dict[str, Any]:
-    """One kernel, compiled and read; runs in a worker process."""
+def _facts(architecture: str, kernels: list[tuple[Config, int]]) -> list[dict[str, Any]]:
+    """Some kernels, compiled and read; runs in a worker process."""
     torch.set_num_threads(1)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    launch = launches(config, architecture)[index]
     model = backend.kernels("model")
-    facts: dict[str, Any] = backend.kernels("machine").inspect(launch, architecture)
-    facts.update(
-        kernel=launch.name,
-        config=str(config),
-        arch=architecture,
-        grid=list(launch.grid),
-        warps=launch.warps,
-        stages=launch.stages,
-        bytes_in_flight=model.bytes_in_flight(launch, architecture, facts["ctas_per_sm"]),
-        dram_bytes=model.dram_bytes(launch),
-        l2_bytes=model.l2_bytes(launch),
-        model_seconds=model.seconds(launch, architecture)[0],
-    )
-    return facts
+    recorded = [launches(config, architecture)[index] for config, index in kernels]
+    found: list[dict[str, Any]] = backend.kernels("machine").inspect(recorded, architecture)
+    for (config, _), launch, facts in zip(kernels, recorded, found, strict=True):
+        facts.update(
+            kernel=launch.name,
+            config=str(config),
+            arch=architecture,
+            grid=list(launch.grid),
+            warps=launch.warps,
+            stages=launch.stages,
+            bytes_in_flight=model.bytes_in_flight(launch, architecture, facts["ctas_per_sm"]),
+            dram_bytes=model.dram_bytes(launch),
+            l2_bytes=model.l2_bytes(launch),
+            model_seconds=model.seconds(launch, architecture)[0],
+        )
+    return found
 
 
-def _tasks(configs: list[Config], architectures: list[str]) -> Iterator[tuple[Config, str, int]]:
-    """Each distinct kernel once per architecture, with the first configuration that launches it."""
+def _tasks(configs: list[Config], architectures: list[str]) -> Iterator[tuple[str, list[tuple[Config, int]]]]:
+    """Each distinct kernel once per architecture, as the index of a launch of the first configuration that has it; a
+    worker's share at a time."""
     signature = backend.kernels("machine").signature
-    seen = set()
     for architecture in architectures:
+        seen: dict[tuple[object, ...], tuple[Config, int]] = {}
         for config in configs:
             for index, launch in enumerate(launches(config, architecture)):
-                key = (architecture, launch.name, str(signature(launch)), launch.warps, launch.stages)
-                if key not in seen:
-                    seen.add(key)
-                    yield config, architecture, index
+                key = (launch.name, str(signature(launch)), launch.warps, launch.stages)
+                seen.setdefault(key, (config, index))
+        kernels = list(seen.values())
+        for first in range(0, len(kernels), SHARE):
+            yield architecture, kernels[first : first + SHARE]
 
 
 def compile_all(
@@ -187,20 +191,21 @@ def compile_all(
 ) -> list[dict[str, Any]]:
     """Facts of every distinct kernel, in the order of the configurations."""
     tasks = list(_tasks(configs, architectures))
-    found = []
+    total = sum(len(kernels) for _, kernels in tasks)
+    found: list[dict[str, Any]] = []
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(_facts, *task) for task in tasks]
-        for number, future in enumerate(futures, 1):
+        for (architecture, kernels), future in zip(tasks, futures, strict=True):
             try:
-                found.append(future.result())
+                found += future.result()
             except BrokenProcessPool:  # an assertion in the compiler ends its process, and with it the pool
-                config, architecture, index = tasks[number - 1]
+                config, index = kernels[0]
                 name = launches(config, architecture)[index].name
                 raise RuntimeError(
-                    f"the compiler crashed at or soon after {name}, {config}, {architecture} (kernel {number} of "
-                    f"{len(tasks)}); --jobs 1 and --arch say at which"
+                    f"the compiler crashed at or soon after {name}, {config}, {architecture} (kernel {len(found) + 1} "
+                    f"of {total}); --jobs 1 and --arch say at which"
                 ) from None
-            progress(number, len(tasks))
+            progress(len(found), total)
     return found
 
 

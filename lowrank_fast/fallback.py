@@ -109,6 +109,15 @@ def residual_add_backward(
     return dx, dA, dB
 
 
+@_kernel
+def residual_add_norm(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, weight: Tensor, bias: Tensor | None, eps: float,
+    layer: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out = residual_add(y, x, A, B, scale, 0.0, None, False)[0]
+    return out, ref.norm(out, weight, bias, eps, layer)
+
+
 # ------------------------------------------------------------------------------------------------ the two halves
 
 
@@ -262,7 +271,7 @@ def routed_projection_backward(
         # <G, B_e> in two steps: as one dot product of d_out r terms it loses a digit for banks of some layouts
         dw = torch.einsum("sor,eor->seo", G, bank).sum(-1)
         dt = scale * _long_product(rows, torch.einsum("se,eor->sor", w_rows, bank))
-        dlogits = None if routing == "static" else _mean_softmax_backward(ref.by_sample(p, routing), dw, token_mask)
+        dlogits = None if routing == "static" else mean_softmax_backward(ref.by_sample(p, routing), dw, token_mask)
 
     dx, dA, dR = _empty(g), _empty(A), _empty(A)
     if dlogits is not None and R is not None:
@@ -289,7 +298,7 @@ def routed_projection_backward(
     )
 
 
-def _mean_softmax_backward(rows: Tensor, dw: Tensor, token_mask: Tensor | None) -> Tensor:
+def mean_softmax_backward(rows: Tensor, dw: Tensor, token_mask: Tensor | None) -> Tensor:
     """`p (dp - <p, dp>)  [S, N, E]` from `p` as `rows`, where the kept tokens share `dp = dw / tokens kept`."""
     if token_mask is None:
         dp = (dw / max(rows.shape[1], 1))[:, None, :].expand_as(rows)

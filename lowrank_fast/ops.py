@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import fallback
-from .reference import accumulate_dtype
+from .reference import accumulate_dtype, norm
 
 NAMESPACE = "lowrank_fast"
 
@@ -45,6 +45,10 @@ SCHEMAS = {
     "residual_add_backward_out": (
         f"(Tensor g, Tensor x, Tensor t, Tensor A, Tensor B, float scale, {_DROPOUT}, "
         "*, Tensor(a!) dx, Tensor(b!) dA, Tensor(c!) dB) -> ()"
+    ),
+    "residual_add_norm": (
+        "(Tensor y, Tensor x, Tensor A, Tensor B, float scale, Tensor weight, Tensor? bias, float eps, bool layer) "
+        "-> (Tensor, Tensor)"
     ),
     "shrink": f"(Tensor x, Tensor A, {_DROPOUT}) -> Tensor",
     "shrink_backward": (
@@ -114,6 +118,23 @@ def _gradients_fit(x: Tensor, A: Tensor, B: Tensor, dx: Tensor, dA: Tensor, dB: 
 def _residual_add_backward_out(g, x, t, A, B, scale, dropout_p, seed, *, dx, dA, dB) -> None:  # type: ignore[no-untyped-def]
     torch._check(A.dim() == 2 and B.dim() == 2 and A.shape[0] == B.shape[1], lambda: "A [r, d_in], B [d_out, r]")
     _gradients_fit(x, A, B, dx, dA, dB)
+
+
+def _residual_add_norm(y, x, A, B, scale, weight, bias, eps, layer):  # type: ignore[no-untyped-def]
+    torch._check(A.dim() == 2 and B.dim() == 2 and A.shape[0] == B.shape[1], lambda: "A [r, d_in], B [d_out, r]")
+    _gains_fit(y, weight, bias)
+    return _like(y), _like(y)
+
+
+def _gains_fit(y: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        if value.shape != y.shape[-1:] or value.dtype not in (y.dtype, torch.float32) or value.device != y.device:
+            raise RuntimeError(
+                f"lowrank_fast: {name} must be [{y.shape[-1]}] {y.dtype} or float32 on {y.device}; "
+                f"got {list(value.shape)} {value.dtype} on {value.device}"
+            )
 
 
 def _shrink(x, A, dropout_p, seed):  # type: ignore[no-untyped-def]
@@ -186,7 +207,20 @@ def _backward_into(*args: Any, dx: Tensor, dA: Tensor, dB: Tensor) -> None:
         out.copy_(gradient)
 
 
-COMPOSED: dict[str, Callable[..., object]] = {"residual_add_backward_out": _backward_into}
+def _add_then_norm(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, weight: Tensor, bias: Tensor | None, eps: float,
+    layer: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`residual_add_norm` for backends that have no kernel of their own for it."""
+    out = torch.ops.lowrank_fast.residual_add.default(y, x, A, B, scale, 0.0, None, False)[0]
+    _gains_fit(y, weight, bias)
+    return out, norm(out, weight, bias, eps, layer)
+
+
+COMPOSED: dict[str, Callable[..., object]] = {
+    "residual_add_backward_out": _backward_into,
+    "residual_add_norm": _add_then_norm,
+}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -197,8 +231,9 @@ for _name, _schema in SCHEMAS.items():
 
 def implement(dispatch_key: str, backend: Any) -> None:
     """Register the functions of `backend`, named like the ops, for the devices of `dispatch_key` ("CUDA", "XPU")."""
-    for name in SCHEMAS.keys() - COMPOSED.keys():
-        _library.impl(name, getattr(backend, name), dispatch_key)
+    for name in SCHEMAS:
+        if name not in COMPOSED or hasattr(backend, name):
+            _library.impl(name, getattr(backend, name), dispatch_key)
 
 
 class Dispatched:
@@ -209,6 +244,7 @@ class Dispatched:
     residual_add_out = torch.ops.lowrank_fast.residual_add_out.default
     residual_add_backward = torch.ops.lowrank_fast.residual_add_backward.default
     residual_add_backward_out = torch.ops.lowrank_fast.residual_add_backward_out.default
+    residual_add_norm = torch.ops.lowrank_fast.residual_add_norm.default
     shrink = torch.ops.lowrank_fast.shrink.default
     shrink_backward = torch.ops.lowrank_fast.shrink_backward.default
     expand_add = torch.ops.lowrank_fast.expand_add.default

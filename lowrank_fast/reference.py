@@ -110,6 +110,14 @@ def residual_add(
     return expand_add(y, shrink(x, A, mask, dropout_p), B, scale)
 
 
+def norm(out: Tensor, weight: Tensor, bias: Tensor | None, eps: float, layer: bool) -> Tensor:
+    """RMSNorm (arXiv 1910.07467), or with `layer` LayerNorm (arXiv 1607.06450), over the last dimension of `out`."""
+    weight = weight.to(out.dtype)
+    if not layer:
+        return torch.nn.functional.rms_norm(out, weight.shape, weight, eps)
+    return torch.nn.functional.layer_norm(out, weight.shape, weight, None if bias is None else bias.to(out.dtype), eps)
+
+
 # ------------------------------------------------------------------------------------------------ routing
 
 

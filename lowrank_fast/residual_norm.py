@@ -1,8 +1,7 @@
 """The residual add and the normalisation after it, `out = y + s (x A^T) B^T` and `norm(out)`, in one pass.
 
 A layer that ends in a residual stream is followed by a norm that reads the stream again: 5 passes over `[T, d_out]`,
-in one launch 4. The fused kernel is Triton's; everywhere else, and under `torch.compile` (which fuses the norm
-itself), it is `residual_add` followed by PyTorch's norm.
+in one launch 4. The fused kernel is Triton's; on other backends the op is `residual_add` followed by PyTorch's norm.
 """
 
 from __future__ import annotations
@@ -12,41 +11,42 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from . import backends, checks, triton_backend
-from .functional import _like_stream, residual_add
+from . import backends, checks
+from .functional import _like_stream
+from .reference import accumulate_dtype
 
 OP = "residual_add_norm"
 KINDS = ("rms", "layer")
 
 
-def norm_of(out: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
-    """`RMSNorm(out)` or `LayerNorm(out)` over the last dimension, by PyTorch; the reference of the fused kernel."""
-    weight = weight.to(out.dtype)
-    if kind == "rms":
-        return F.rms_norm(out, weight.shape, weight, eps)
-    return F.layer_norm(out, weight.shape, weight, None if bias is None else bias.to(out.dtype), eps)
-
-
-def _fused(y: Tensor, rank: int) -> bool:
-    """Whether the call that `residual_add` would make of `y` has Triton's kernel for both."""
-    if torch.compiler.is_compiling() or y.numel() == 0:
-        return False
-    chosen = backends.select(y)
-    on_gpu = y.device.type in ("cuda", "xpu") and triton_backend.unavailable_reason() is None
-    wanted = chosen == "triton" or (chosen == "dispatch" and on_gpu)
-    return wanted and rank <= triton_backend.plan().table.WIDEST
+def norm_backward(
+    g: Tensor, out: Tensor, weight: Tensor, eps: float, layer: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the norm `n = v / sqrt(mean v^2 + eps) * weight + bias` by `out`, `weight` and `bias`, all in the
+    accumulate dtype; `v` is `out`, less its mean with `layer`."""
+    acc = accumulate_dtype(out.dtype)
+    value, g = out.to(acc), g.to(acc)
+    if layer:
+        value = value - value.mean(-1, keepdim=True)
+    inverse = torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
+    unit = value * inverse
+    scaled = g * weight.to(acc)
+    dvalue = scaled - unit * (scaled * unit).mean(-1, keepdim=True)
+    if layer:
+        dvalue = dvalue - scaled.mean(-1, keepdim=True)
+    width = out.shape[-1]
+    return dvalue * inverse, (g * unit).reshape(-1, width).sum(0), g.reshape(-1, width).sum(0)
 
 
 class _ResidualAddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, weight: Tensor, bias: Tensor | None,
-        settings: tuple[float, float, str],
+        settings: tuple[float, float, bool, str],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        scale, eps, kind = settings
-        out, normed = triton_backend.residual_add_norm(y, x, A, B, scale, weight, bias, eps, kind == "layer")
+        scale, eps, layer, backend = settings
+        out, normed = backends.namespace(backend).residual_add_norm(y, x, A, B, scale, weight, bias, eps, layer)
         need_A, need_B = ctx.needs_input_grad[2:4]
         ctx.save_for_backward(x if need_A or need_B else None, A, B, weight, bias, out)
         ctx.settings = settings
@@ -56,28 +56,26 @@ class _ResidualAddNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_out: Tensor, g_normed: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, weight, bias, out = ctx.saved_tensors
-        scale, eps, kind = ctx.settings
+        scale, eps, layer, backend = ctx.settings
         need_y, need_x, need_A, need_B, need_weight, need_bias = ctx.needs_input_grad[:6]
-        with torch.enable_grad():
-            leaves = [
-                None if value is None else value.detach().requires_grad_(need)
-                for value, need in ((out, True), (weight, need_weight), (bias, need_bias))
-            ]
-            again = norm_of(leaves[0], leaves[1], leaves[2], eps, kind)  # type: ignore[arg-type]
-        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-        found = iter(torch.autograd.grad(again, wanted, g_normed))
-        g = g_out + next(found)
-        dweight, dbias = (next(found) if need else None for need in (need_weight, need_bias))
+        dout, dweight, dbias = norm_backward(g_normed, out, weight, eps, layer)
+        g = (g_out + dout).to(out.dtype)
         dx = dA = dB = None
         if need_x or need_A or need_B:
-            t = triton_backend.shrink(x, A, 0.0, None) if need_B else g.new_empty(0, dtype=torch.float32)
-            results = triton_backend.residual_add_backward(
+            ops = backends.namespace(backend)
+            t = ops.shrink(x, A, 0.0, None) if need_B else B
+            dx, dA, dB = ops.residual_add_backward(
                 g, x if need_A else None, t, A, B, scale, 0.0, None, need_x, need_A, need_B
             )
-            dx, dA, dB = (
-                value if need else None for value, need in zip(results, (need_x, need_A, need_B), strict=True)
-            )
-        return g if need_y else None, dx, dA, dB, dweight, dbias, None
+        return (
+            g if need_y else None,
+            dx if need_x else None,
+            dA if need_A else None,
+            dB if need_B else None,
+            dweight.to(weight.dtype) if need_weight else None,
+            dbias.to(bias.dtype) if need_bias else None,
+            None,
+        )
 
 
 def residual_add_norm(
@@ -117,7 +115,8 @@ def residual_add_norm(
         checks.parameter(OP, name, value, y)
         if value.shape != y.shape[-1:]:
             raise ValueError(f"{OP}: {name} must be [d_out={y.shape[-1]}]; got {list(value.shape)}")
-    if _fused(y, A.shape[0]):
-        return _ResidualAddNorm.apply(y, x, A, B, weight, bias, (float(scale), float(eps), kind))
-    out = residual_add(y, x, A, B, scale)
-    return out, norm_of(out, weight, bias, eps, kind)
+    backend, layer = backends.select(y), kind == "layer"
+    tensors = [tensor for tensor in (y, x, A, B, weight, bias) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _ResidualAddNorm.apply(y, x, A, B, weight, bias, (float(scale), float(eps), layer, backend))
+    return backends.namespace(backend).residual_add_norm(y, x, A, B, scale, weight, bias, eps, layer)

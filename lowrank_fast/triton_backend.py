@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference import norm
+
 OLDEST_TRITON = (3, 6)
 SMALL, MIDDLE = 128, 2048  # T up to which one launch splits d_out, and up to which d_in is split
 
@@ -91,20 +93,18 @@ def plan_backward() -> Any:
     return kernels("plan_backward")
 
 
+def _wide() -> ModuleType:
+    from . import triton_wide  # it builds on the functions below
+
+    return triton_wide
+
+
 def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(0, dtype=dtype or like.dtype)
 
 
 def _hidden(x: Tensor, width: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], width), dtype=torch.float32)
-
-
-def _check_bank(A: Tensor) -> None:
-    if A.shape[0] > plan().table.WIDEST:
-        raise ValueError(
-            f"routed_projection: backend 'triton' takes ranks up to {plan().table.WIDEST}; got {A.shape[0]}: "
-            "use backend 'reference'"
-        )
 
 
 # ------------------------------------------------------------------------------------------------ residual add, forward
@@ -131,12 +131,12 @@ def residual_add_out(
 ) -> Tensor:  # fmt: skip
     """`residual_add` into `out`, which may be `y` itself."""
     t = _hidden(x, A.shape[0]) if save_t else _empty(x, torch.float32)
-    with _Target(out) as target:
+    with Target(out) as target:
         _residual_add(plan().as_rows(y), plan().as_rows(x), A, B, target, t if save_t else None, scale, dropout_p, seed)
     return t
 
 
-class _Target:
+class Target:
     """`[.., d]` as a `[T, d]` that can be written; copied back at the end where strides forbid a view."""
 
     def __init__(self, out: Tensor) -> None:
@@ -201,15 +201,17 @@ def residual_add_norm(
     eps: float,
     layer: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`out = y + scale * x A^T B^T` and its norm: RMSNorm, or LayerNorm with `layer`. One launch; for inference.
+    """`out = y + scale * x A^T B^T` and its norm: RMSNorm, or LayerNorm with `layer`, in one launch; for ranks above
+    128 PyTorch's norm comes after the launches of `residual_add`.
 
-    `weight [d_out]`, `bias [d_out]` or None, `eps` as in `torch.nn.LayerNorm`. Ranks up to 128.
+    `weight [d_out]`, `bias [d_out]` or None, `eps` as in `torch.nn.LayerNorm`.
     """
     op = "residual_add_norm"
     launch, arch = kernels("launch"), plan().place(op, x, A, y, B, weight, bias)
     rank, T, N = A.shape[0], x.numel() // max(x.shape[-1], 1), y.shape[-1]
     if rank > plan().table.WIDEST:
-        raise ValueError(f"{op}: rank must be at most {plan().table.WIDEST}; got {rank}")
+        out = residual_add(y, x, A, B, scale, 0.0, None, False)[0]
+        return out, norm(out, weight, bias, eps, layer)
     if weight.shape != (N,) or (bias is not None and bias.shape != (N,)):
         raise ValueError(f"{op}: weight and bias must be [d_out={N}]; got {list(weight.shape)}")
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
@@ -269,7 +271,7 @@ def expand_add_(y: Tensor, t: Tensor, B: Tensor, scale: float) -> None:
 
 
 def _expand_add(y: Tensor, t: Tensor, B: Tensor, scale: float, out: Tensor) -> None:
-    with _Target(out) as target:
+    with Target(out) as target:
         source = plan().as_rows(y)
         for part in plan().chunks(B.shape[1]) if target.numel() else []:
             plan().expand("expand_add", source, plan().as_rows(t)[:, part].contiguous(), B[:, part], target, scale)
@@ -393,7 +395,9 @@ def _routed_projection(
     token_mask: Tensor | None, scale: float, routing: str, router_input: str, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     op = "routed_projection"
-    _check_bank(A)
+    if A.shape[0] > plan().table.WIDEST:
+        arguments = (A, B, R, weights, token_mask, scale, routing, router_input, dropout_p, seed)
+        return _wide().routed_projection(y, x, out, *arguments)
     experts = B.shape[0]
     static, token = routing == "static", routing == "token"
     groups = x.shape[0] if routing == "sample" else 1
@@ -415,13 +419,13 @@ def _routed_projection(
         R=R, router="none" if static else router_input, p=None if static else p, groups=groups, means=means,
         token_mask=mask,
     )  # fmt: skip
-    with _Target(out) as target:
+    with Target(out) as target:
         if token:
-            width = max(1, plan().table.WIDEST // plan().padded(A.shape[0]))
-            for first in range(0, experts, width):
-                source = plan().as_rows(y) if first == 0 else target
-                chunk = min(width, experts - first)
-                plan().expand(op, source, hidden, B, target, scale, mix="token", p=p, first=first, chunk=chunk)
+            source = plan().as_rows(y)
+            for part in plan().chunks(A.shape[0], plan().table.TOKEN_WIDEST[y.element_size()]):
+                some = hidden[:, part].contiguous()
+                plan().expand(op, source, some, B[:, :, part], target, scale, mix="token", p=p)
+                source = target
         elif static:
             plan().expand(op, plan().as_rows(y), hidden, B, target, scale, mix="weights", w=w)
         else:
@@ -440,6 +444,9 @@ def routed_projection_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`dx, dA, dB, dR, dweights` by design section 4: one shared `G` for mixed banks, rank `E r` for token routing."""
     need_dx, need_dA, need_dB, need_dR, need_dweights = needs
+    if A.shape[0] > plan().table.WIDEST and g.numel():
+        state_arguments = (t, p, w, A, B, R, token_mask, active, scale, routing, router_input, dropout_p, seed, needs)
+        return _wide().routed_projection_backward(g, x, *state_arguments)
     state = plan_backward().Backward("routed_projection_backward", g, x, A, B, dropout_p, seed, g.dtype)
     dx, dA = state.allocate(need_dx, A if need_dA else None)
     dB = torch.empty_like(B) if need_dB else _empty(B)
@@ -461,11 +468,9 @@ def routed_projection_backward(
         if token_mask is not None and not token:
             keep = token_mask.reshape(state.groups, -1)
             state.token_mask, state.counts = keep.contiguous().view(torch.uint8), keep.sum(1, dtype=torch.float32)
-    by_rows = token and (need_u or need_dR)
-    if by_rows or need_u or need_dB or need_dweights or learned:
-        state.up(emit_u=need_u or by_rows, need_dB=need_dB, need_dw=need_dweights or (learned and not token))
-    if not token and state.wide():
-        state.sum_u()
+    need_u |= token and need_dR  # the row programs that write it have the gradient of the probabilities
+    if need_u or need_dB or need_dweights or learned:
+        state.up(emit_u=need_u, need_dB=need_dB, need_dw=not token and (need_dweights or learned))
     state.down(dx, need_dA, need_dR=need_dR)
     state.reduce(
         dA=dA if need_dA else None, dB=dB if need_dB else None, dR=dR if need_dR else None,

@@ -7,12 +7,12 @@ Streams are read once, a program's tile of the gradient stays in registers, noth
   `dw_e = <G, B_e>` is taken from it before it leaves the registers. `u = s g B` comes in one of two ways:
   as one partial per column tile (`[tiles, T, r]`, `4 r / BN` of a pass), or, where those would cost a pass (a rank of
   64, many tiles, token routing), from row programs of the same launch, which own whole rows of the same run: a run is
-  at most 8 MB of `g`, row and column programs of a run start together, and the second of them finds it in L2.
+  at most 6 MB of `g`, row and column programs of a run start together, and the second of them finds it in L2. Row
+  programs of a mixed bank mix it tile by tile, which reads it from L2 once per block of rows.
 * down: a tile of columns and a run of rows of `x` and `dx`. Adds the partials of `u` in order, adds the router's
   gradient to it (`dlogits = p (dp - <p, dp>)`), writes `dx = u A` and the partials of `dA = u^T x`.
 
-`reduce.py` adds the partials. Together: read `g`, read `x`, write `dx`: 3 passes plus partials that live in L2. A mixed
-bank of rank 64 or more keeps the partials of `u` and adds them in a launch of their own (`sum_parts_kernel`).
+`reduce.py` adds the partials. Together: read `g`, read `x`, write `dx`: 3 passes plus partials that live in L2.
 
 Inactive experts (`active`, read on the device) are left out: a token-routed program numbers the active experts and owns
 the columns of those alone.
@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import keep_mask, load_factor, load_rows, product
+from .common import keep_mask, load_factor, load_factor_transposed, load_rows, product
 from .expand import bank_slots_transposed, hidden_rows, mean_weights, mixed_factor
 from .shrink import shrink_rows
 
@@ -131,16 +131,48 @@ def hidden_by_rows(
 
 
 @triton.jit
+def mixed_hidden_by_rows(
+    g, B, w, u_out, rows, end, group, N, sg, sb_e, segment, scale,
+    SB_N: tl.constexpr, SB_R: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    HELD: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`u = s g sum_e w_e B_e` of whole rows. A step mixes one tile of `HELD` experts, so that their loads fit the
+    pipeline's buffers; a larger bank takes several steps for a tile, whose `g` then comes from L2."""
+    PASSES: tl.constexpr = (E + HELD - 1) // HELD
+    rank = tl.arange(0, RP)
+    weights = mean_weights(w, None, None, group, 0, "weights", E, EP, 1)
+    experts = tl.arange(0, EP)
+    total = tl.zeros([BM, RP], tl.float32)
+    run = tl.zeros([BM, RP], tl.float32)
+    for step in tl.range(0, tl.cdiv(N, BK) * PASSES, num_stages=STAGES):
+        cols = (step // PASSES) * BK + tl.arange(0, BK)
+        g_tile = load_rows(g, rows, cols, sg, end, N)  # [BM, BK]
+        factor = tl.zeros([BK, RP], tl.float32)
+        for k in tl.static_range(HELD):
+            e = (step % PASSES) * HELD + k
+            weight = tl.sum(tl.where(experts == e, weights, 0.0), 0)  # zero beyond E
+            one = B + tl.minimum(e, E - 1).to(tl.int64) * sb_e
+            factor += weight * load_factor_transposed(one, rank, cols, SB_R, SB_N, RANK, N).to(tl.float32)
+        run = product(g_tile, factor.to(g_tile.dtype), run)
+        if (step + 1) % (segment * PASSES) == 0:
+            total += run
+            run = tl.zeros([BM, RP], tl.float32)
+    mask = (rows < end)[:, None] & (rank < RANK)[None, :]
+    tl.store(u_out + rows[:, None] * RANK + rank[None, :], (total + run) * tl.cast(scale, tl.float32), mask=mask)
+
+
+@triton.jit
 def token_hidden_by_rows(
-    g, t, B, p, u_out, dw_out, rows, end, T, N, sg, sb_e, first_expert, scale,
+    g, t, B, p, u_out, dw_out, rows, end, T, N, sg, sb_e, part, scale,
     SB_N: tl.constexpr, SB_R: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, HELD: tl.constexpr,
     HP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Token routing, whole rows: `dz = s g B_cat [BM, HELD r]` stays in registers and leaves as `dt = sum_e w_e dz_e
-    [T, r]` and `dw_e = <dz_e, t> [T, E]`. A bank too wide for that comes in groups of `HELD` experts, one launch and
-    one part each."""
+    [T, r]` and `dw_e = <dz_e, t> [T, E]`. A bank too wide for that comes in parts of `HELD` experts, each with
+    programs and a partial of `dt` of its own."""
     held = tl.arange(0, HP)
     rank = tl.arange(0, RP)
+    first_expert = part * HELD
     slots = first_expert + tl.arange(0, HP * RP) // RP
     dz = tl.zeros([BM, HP * RP], tl.float32)
     for tile in tl.range(0, tl.cdiv(N, BK), num_stages=STAGES):
@@ -156,28 +188,38 @@ def token_hidden_by_rows(
     hidden = hidden_rows(t, rows, end, T, RANK, RP, 1, BM)  # [BM, RP]
     tl.store(dw_out + rows[:, None] * E + chosen[None, :], tl.sum(dz * hidden[:, None, :], 2), mask=valid)
     dt = tl.sum(dz * weight[:, :, None], 1)
-    tl.store(u_out + rows[:, None] * RANK + rank[None, :], dt, mask=inside & (rank < RANK)[None, :])
+    place = part * T.to(tl.int64) * RANK + rows[:, None] * RANK + rank[None, :]
+    tl.store(u_out + place, dt, mask=inside & (rank < RANK)[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "group_rows", "rows_per_split", "up_tiles", "segment", "first_expert"])
+@triton.jit(do_not_specialize=["T", "group_rows", "rows_per_split", "up_tiles", "segment"])
 def up_kernel(
     g, t, B, p, w, active, u_out, b_parts, dw_out,
-    T, N, sg, sb_e, group_rows, rows_per_split, up_tiles, segment, first_expert, scale,
+    T, N, sg, sb_e, group_rows, rows_per_split, up_tiles, segment, scale,
     SB_N: tl.constexpr, SB_R: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     MIX: tl.constexpr, HAS_ACTIVE: tl.constexpr, EMIT_U: tl.constexpr, NEED_DB: tl.constexpr, NEED_DW: tl.constexpr,
     BY_ROWS: tl.constexpr, HELD: tl.constexpr, HP: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Columns `0 .. up_tiles` own tiles of columns; with `BY_ROWS`, the others own the blocks of rows of the run."""
+    """Columns `0 .. up_tiles` own tiles of columns; with `BY_ROWS`, the others own the blocks of rows of the run (with
+    `MIX = "token"`, of each part of the bank)."""
     column, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if BY_ROWS and column >= up_tiles:
-        first = (split * rows_per_split).to(tl.int64)
-        end = tl.minimum(first + rows_per_split, T)
-        rows = first + (column - up_tiles) * BM + tl.arange(0, BM)
+        parts: tl.constexpr = (E + HELD - 1) // HELD if MIX == "token" else 1
+        block = (column - up_tiles) // parts
+        before = group.to(tl.int64) * group_rows
+        first = before + split * rows_per_split
+        end = tl.minimum(first + rows_per_split, before + group_rows)
+        rows = first + block * BM + tl.arange(0, BM)
         if MIX == "token":
             token_hidden_by_rows(
-                g, t, B, p, u_out, dw_out, rows, end, T, N, sg, sb_e, first_expert, scale,
+                g, t, B, p, u_out, dw_out, rows, end, T, N, sg, sb_e, (column - up_tiles) % parts, scale,
                 SB_N, SB_R, RANK, RP, E, HELD, HP, BM, BK, STAGES,
+            )  # fmt: skip
+        elif MIX == "weights":
+            mixed_hidden_by_rows(
+                g, B, w, u_out, rows, end, group, N, sg, sb_e, segment, scale,
+                SB_N, SB_R, RANK, RP, E, EP, HELD, BM, BK, STAGES,
             )  # fmt: skip
         else:
             hidden_by_rows(g, B, u_out, rows, end, N, sg, segment, scale, SB_N, SB_R, RANK, RP, BM, BK, STAGES)

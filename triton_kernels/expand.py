@@ -5,7 +5,9 @@ while `y` streams in and `out` streams out. 2 passes and nothing else; `t` comes
 
 * `MIX = "weights"`: `B_mix = sum_e w_e B_e` with `w [groups, E]` given; `"sums"`: `w` is the mean that `shrink.py` left
   as partial sums, added here in order (a few KB from L2) and written out once for backward.
-* `"token"`: one rank-`E r` update: `z = w (x) t` is built in registers from `p [T, E]` and `t [T, r]`.
+* `"token"`: one rank-`E r` update: `z = w (x) t` is built in registers from `p [T, E]` and `t [T, r]`. A bank too wide
+  for one product (`E r > 128`) takes several steps for a block of rows, `HELD` experts each; the tiles of `B` then
+  come from L2, and the last step reads `y` and writes `out`.
 * `PARTS > 1`: `t` is the sum of `PARTS` partials `[PARTS, T, r]` of a split-K shrink, added in order.
 """
 
@@ -87,35 +89,51 @@ def hidden_rows(t, rows, end, T, RANK: tl.constexpr, RP: tl.constexpr, PARTS: tl
     return value
 
 
-@triton.jit(do_not_specialize=["T", "blocks", "group_rows", "rows_per_split", "first_expert"])
+@triton.jit
+def token_hidden(
+    p, hidden, rows, end, first, RANK: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, HELD: tl.constexpr,
+    HP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """`z = w (x) t  [BM, HP RP]` of the experts `first .. first + HELD`, from `t [BM, RP]`."""
+    held = tl.arange(0, HP)
+    mask = (rows < end)[:, None] & ((first + held < E) & (held < HELD))[None, :]
+    weight = tl.load(p + rows[:, None] * E + (first + held)[None, :], mask=mask, other=0.0)  # [BM, HP]
+    return tl.reshape(weight[:, :, None] * hidden[:, None, :], [BM, HP * RP])
+
+
+@triton.jit(do_not_specialize=["T", "blocks", "group_rows", "rows_per_split"])
 def expand_kernel(
     y, t, B, p, w_in, sums, counts, out, t_out, w_out,
-    T, N, sy, so, sb_e, blocks, group_rows, rows_per_split, first_expert, scale_t, scale,
+    T, N, sy, so, sb_e, blocks, group_rows, rows_per_split, scale_t, scale,
     SB_N: tl.constexpr, SB_R: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    EXPERTS: tl.constexpr, MIX: tl.constexpr, PARTS: tl.constexpr, SAVE_T: tl.constexpr, SAVE_W: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    HELD: tl.constexpr, HP: tl.constexpr, MIX: tl.constexpr, PARTS: tl.constexpr, SAVE_T: tl.constexpr,
+    SAVE_W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    PASSES: tl.constexpr = (E + HELD - 1) // HELD if MIX == "token" else 1
     tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     cols = tile * BN + tl.arange(0, BN)
     rank = tl.arange(0, RP)
-    experts = tl.arange(0, EP)
     dtype = out.dtype.element_ty
     if MIX == "none":
         factor = load_factor(B, rank, cols, SB_R, SB_N, RANK, N).to(dtype)  # [RP, BN]
     elif MIX == "token":
-        slots = first_expert + tl.arange(0, EP * RP) // RP
-        factor = bank_slots(B, slots, cols, N, sb_e, SB_N, SB_R, RANK, RP, EXPERTS, EP * RP).to(dtype)  # [EP RP, BN]
+        slots = tl.arange(0, HP * RP) // RP
+        if PASSES == 1:
+            factor = bank_slots(B, slots, cols, N, sb_e, SB_N, SB_R, RANK, RP, E, HP * RP).to(dtype)  # [HP RP, BN]
     else:
         w = mean_weights(w_in, sums, counts, group, blocks, MIX, E, EP, CHUNK)
         if SAVE_W:  # noqa: SIM102 (the outer one is decided at compile time)
             if (tile == 0) & (split == 0):
+                experts = tl.arange(0, EP)
                 tl.store(w_out + group * E + experts, w, mask=experts < E)
         factor = mixed_factor(B, w, cols, N, sb_e, SB_N, SB_R, RANK, RP, E, EP, BN).to(dtype)  # [RP, BN]
     first = group.to(tl.int64) * group_rows
     end = first + group_rows
-    for start in tl.range(split * rows_per_split, tl.minimum((split + 1) * rows_per_split, group_rows), BM,
-                          num_stages=STAGES):  # fmt: skip
-        rows = first + start + tl.arange(0, BM)
+    start = split * rows_per_split
+    steps = tl.cdiv(tl.minimum(start + rows_per_split, group_rows) - start, BM) * PASSES
+    update = tl.zeros([BM, BN], tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        rows = first + start + (step // PASSES) * BM + tl.arange(0, BM)
         left = hidden_rows(t, rows, end, T, RANK, RP, PARTS, BM)  # [BM, RP]
         if PARTS > 1:
             left *= tl.cast(scale_t, tl.float32)
@@ -124,11 +142,15 @@ def expand_kernel(
                 mask = (rows < end)[:, None] & (rank < RANK)[None, :]
                 tl.store(t_out + rows[:, None] * RANK + rank[None, :], left, mask=mask)
         if MIX == "token":
-            chosen = first_expert + experts
-            mask = (rows < end)[:, None] & ((chosen < EXPERTS) & (experts < E))[None, :]
-            weight = tl.load(p + rows[:, None] * EXPERTS + chosen[None, :], mask=mask, other=0.0)  # [BM, EP]
-            left = tl.reshape(weight[:, :, None] * left[:, None, :], [BM, EP * RP])
-        update = product(left.to(dtype), factor, tl.zeros([BM, BN], tl.float32)) * tl.cast(scale, tl.float32)
-        update += load_rows(y, rows, cols, sy, end, N).to(tl.float32)
-        mask = (rows < end)[:, None] & (cols < N)[None, :]
-        tl.store(out + rows[:, None] * so + cols[None, :], update.to(dtype), mask=mask)
+            part = step % PASSES
+            left = token_hidden(p, left, rows, end, part * HELD, RANK, RP, E, HELD, HP, BM)
+        if PASSES == 1:
+            update = product(left.to(dtype), factor, tl.zeros([BM, BN], tl.float32))
+            written = end
+        else:
+            some = bank_slots(B, part * HELD + slots, cols, N, sb_e, SB_N, SB_R, RANK, RP, E, HP * RP)
+            update = product(left.to(dtype), some.to(dtype), tl.where(part == 0, 0.0, update))
+            written = tl.where(part == PASSES - 1, end, 0)
+        value = update * tl.cast(scale, tl.float32) + load_rows(y, rows, cols, sy, written, N).to(tl.float32)
+        mask = (rows < written)[:, None] & (cols < N)[None, :]
+        tl.store(out + rows[:, None] * so + cols[None, :], value.to(dtype), mask=mask)

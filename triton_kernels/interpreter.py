@@ -1,6 +1,6 @@
-"""Triton's interpreter, made to compute what a matrix instruction does, and to count.
+"""Triton's interpreter, made to compute what a matrix instruction does, to count, and to take less time.
 
-`repair()` replaces two operations:
+`repair()` replaces three operations:
 
 * `dot`. The interpreter keeps bfloat16 as raw 16-bit integers and multiplies those (3.6 to 3.9 at least; the
   maintainers closed a fix as not supported), and it knows nothing of how a matrix instruction adds. Repaired, products
@@ -8,6 +8,8 @@
   NVIDIA's have been found to do (Fasi, Higham, Mikaitis, Pranesh 2021). Float32 operands go through six products of
   bfloat16 terms, in the order in which Triton's `bf16x6` lowers them, added to the accumulator outside.
 * the conversion from float32 to bfloat16, which cuts the lower bits off; repaired, it rounds to nearest even.
+* the exchange of `triton.language` for the interpreter's functions, which takes milliseconds and is done again at every
+  call of a device function; repaired, once per launch.
 
 `Traffic` counts the bytes that loads and stores touch, launch by launch.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from triton.runtime import interpreter as _interpreter
 
 _builder = _interpreter.InterpreterBuilder
 _original_cast = _builder.cast_impl
+_original_patch = _interpreter._patch_lang
 PRODUCTS = 16  # of one matrix instruction
 
 
@@ -66,8 +70,9 @@ def matrix_product(a: np.ndarray, b: np.ndarray, acc: np.ndarray) -> np.ndarray:
 
 def float32_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """`a @ b` of float32 values by `bf16x6`."""
-    (a0, a1, a2), (b0, b1, b2) = _terms(a), _terms(b)
-    small = a1 @ b1 + a2 @ b0 + a0 @ b2 + a1 @ b0 + a0 @ b1  # how these round is below the result's precision
+    (a0, a1, a2), (b0, b1, b2) = ([term.astype(np.float64) for term in _terms(one)] for one in (a, b))
+    # Exact, whatever the shape of the tile: a float32 product of BLAS adds in an order that depends on it.
+    small = (a1 @ b1 + a2 @ b0 + a0 @ b2 + a1 @ b0 + a0 @ b1).astype(np.float32)
     return matrix_product(a0, b0, np.where(np.isnan(small), np.float32(0.0), small))
 
 
@@ -84,8 +89,30 @@ def _cast(self: Any, handle: Any, to: Any) -> Any:
     return _interpreter.TensorHandle(_to_bfloat16(handle.data), tl.bfloat16)
 
 
+class _Language:
+    """`triton.language` while a launch runs: the interpreter's from the first `patch` to `restore`."""
+
+    def __init__(self) -> None:
+        self._scope: Any = None
+
+    def patch(self, function: Any) -> _Language:
+        """For a kernel or a device function of its; both names that they may know the language by are exchanged."""
+        if self._scope is None:
+            self._scope = _original_patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+        return self
+
+    def restore(self) -> None:
+        """The launch is over."""
+        self._scope.restore()
+        self._scope = None
+
+
+_language = _Language()
+
+
 def repair() -> None:
     """Make the interpreter multiply and round as a GPU does; harmless when done twice."""
+    _interpreter._patch_lang = _language.patch
     _builder.create_dot = _dot
     _builder.cast_impl = _cast
     builder = _interpreter.interpreter_builder

@@ -3,16 +3,19 @@
 `compile_launch(launch, architecture)` compiles exactly what that launch would run (same constants, same knowledge of
 alignment), `inspect` reads registers, spills, shared memory, load widths, asynchronous copies, matrix instructions and
 atomics from the machine code, with the disassembler in Triton's wheel, and the streams (loads marked `evict_first`)
-from the compiler's last representation.
+from the compiler's last representation. `inspect` takes many launches, because the disassembler takes half a second to
+start.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -109,9 +112,39 @@ def _streams(ttgir: str) -> tuple[int, int]:
     return (0 if narrowest == 1 << 10 else narrowest), synchronous
 
 
-def _nvidia(kernel: Any) -> dict[str, Any]:
+def _code(cubin: bytes) -> bytes:
+    """The machine code of a cubin with one kernel: its ELF section `.text.<name>`."""
+    (headers,), (size, count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + index * size) for index in range(count)]
+    strings = sections[names][4]
+    (code,) = [
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in sections
+        if cubin.startswith(b".text.", strings + name)
+    ]
+    return code
+
+
+def disassemble(cubins: Sequence[bytes], architecture: str) -> list[str]:
+    """The instructions of each cubin, one a line, from one run of the disassembler over all of their code."""
+    codes = [_code(cubin) for cubin in cubins]
+    suffix = "" if architecture == "sm_80" else "a"
+    listing = _tool("nvdisasm", b"".join(codes), "--binary", f"SM{architecture.removeprefix('sm_')}{suffix}")
+    found: list[list[str]] = [[] for _ in codes]
+    index, end = 0, len(codes[0])
+    for line in listing.splitlines():
+        address = re.match(r"\s+/\*([0-9a-f]+)\*/", line)
+        if address is None:
+            continue
+        while int(address.group(1), 16) >= end:
+            index += 1
+            end += len(codes[index])
+        found[index].append(line)
+    return ["\n".join(lines) for lines in found]
+
+
+def _nvidia(kernel: Any, sass: str) -> dict[str, Any]:
     usage = _tool("cuobjdump", kernel.asm["cubin"], "-res-usage")
-    sass = _tool("nvdisasm", kernel.asm["cubin"], "-c")
     # Without Blackwell's allocation of tensor memory: bits of a shared-memory word, set and cleared.
     code = re.findall(
         r"^\s+(?:/\*\w+\*/)?\s*(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_]+)\b(?!\.(?:OR|AND) )", sass, re.MULTILINE
@@ -149,10 +182,18 @@ def _amd(kernel: Any) -> dict[str, Any]:
     }
 
 
-def inspect(launch: Launch, architecture: str) -> dict[str, Any]:
-    """Compile a launch and read its machine code: see the keys below; sizes in bytes."""
-    kernel = compile_launch(launch, architecture)
-    facts = _amd(kernel) if architecture == "gfx942" else _nvidia(kernel)
+def inspect(launches: Sequence[Launch], architecture: str) -> list[dict[str, Any]]:
+    """Compile launches and read their machine code: see the keys below; sizes in bytes."""
+    kernels = [compile_launch(launch, architecture) for launch in launches]
+    if architecture == "gfx942":
+        read = [_amd(kernel) for kernel in kernels]
+    else:
+        listings = disassemble([kernel.asm["cubin"] for kernel in kernels], architecture)
+        read = [_nvidia(kernel, sass) for kernel, sass in zip(kernels, listings, strict=True)]
+    return [_facts(*one, architecture) for one in zip(launches, kernels, read, strict=True)]
+
+
+def _facts(launch: Launch, kernel: Any, facts: dict[str, Any], architecture: str) -> dict[str, Any]:
     shared = int(kernel.metadata.shared)
     memory, registers, threads, most = LIMITS[architecture]
     per_cta = launch.warps * TARGETS[architecture].warp_size

@@ -73,7 +73,10 @@ def l2_bytes(launch: Launch) -> int:
     elif launch.name in ("expand_kernel", "down_kernel"):
         factors = sum(_bytes(named.get(name)) for name in ("A", "B", "R"))
         hidden = sum(_bytes(named.get(name)) for name in ("t", "u_parts", "p", "dw_rows"))
-        again = (launch.grid[1] * launch.grid[2] - 1) * factors + (blocks - 1) * hidden
+        readers = launch.grid[1] * launch.grid[2]
+        if named.get("HELD", 1) < named["E"] and named.get("MIX") == "token":  # read again for every block of rows
+            readers = -(-named["T"] // named["BM"])
+        again = (readers - 1) * factors + (blocks - 1) * hidden
     return dram_bytes(launch) + again
 
 

@@ -32,6 +32,11 @@ def padded_experts(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def held_experts(experts: int, rank: int, widest: int = table.WIDEST) -> int:
+    """Experts that one product of a token-routed bank takes, of at most `widest` experts times padded rank."""
+    return min(experts, max(1, widest // padded(rank)))
+
+
 def dropout(p: float, seed: Tensor | None) -> tuple[bool, int, float]:
     """Whether there is dropout, its threshold, and the factor of what is kept."""
     if p == 0.0 or seed is None:
@@ -64,9 +69,8 @@ def pick(kernel: str, arch: str, x: Tensor, width: int, T: int) -> Any:
     return table.row(kernel, arch, x.element_size(), width, T)
 
 
-def chunks(rank: int) -> list[slice]:
+def chunks(rank: int, widest: int = table.WIDEST) -> list[slice]:
     """The ranks that one launch takes at a time."""
-    widest = table.WIDEST
     return [slice(first, min(first + widest, rank)) for first in range(0, rank, widest)]
 
 
@@ -162,18 +166,16 @@ def expand(
     op: str, y: Tensor, t: Tensor, B: Tensor, out: Tensor, scale: float,
     *, mix: str = "none", p: Tensor | None = None, w: Tensor | None = None, sums: Tensor | None = None,
     counts: Tensor | None = None, blocks: int = 0, groups: int = 1, parts: int = 1, scale_t: float = 1.0,
-    t_out: Tensor | None = None, w_out: Tensor | None = None, first: int = 0, chunk: int = 0,
+    t_out: Tensor | None = None, w_out: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """`out = y + scale * t B^T`; `B` is a bank `[E, d_out, r]` with `mix` "weights", "sums" or "token" (experts
-    `first ..`)."""
+    """`out = y + scale * t B^T`; `B` is a bank `[E, d_out, r]` with `mix` "weights", "sums" or "token"."""
     arch = place(op, y, t, B, out, p, w)
     (T, N), rank = y.shape, B.shape[-1]
     bank = B.dim() == 3
-    total = B.shape[0] if bank else 1
-    experts = chunk or total
-    held = padded_experts(experts) if mix == "token" else padded(experts)
-    width = held * padded(rank) if mix == "token" else padded(rank)
-    tile = pick("expand_parts" if parts > 1 else "expand", arch, y, width, T)
+    experts = B.shape[0] if bank else 1
+    held = held_experts(experts, rank, table.TOKEN_WIDEST[y.element_size()]) if mix == "token" else 1
+    kernel = "expand_parts" if parts > 1 else "expand" if held == experts or mix != "token" else "expand_wide"
+    tile = pick(kernel, arch, y, padded_experts(held) * padded(rank), T)
     columns = cdiv(N, tile.cols)
     per_group = T // groups
     wanted = max(1, 2 * table.PROCESSORS[arch] // (columns * groups))
@@ -185,13 +187,13 @@ def expand(
             (columns, cdiv(per_group, per_run), groups),
             (
                 y, t, B, p, w, sums, counts, out, t_out, w_out,
-                T, N, y.stride(0), out.stride(0), B.stride(0) if bank else 0, blocks, per_group, per_run, first,
+                T, N, y.stride(0), out.stride(0), B.stride(0) if bank else 0, blocks, per_group, per_run,
                 float(scale_t), float(scale),
             ),
             dict(
-                SB_N=B.stride(-2), SB_R=B.stride(-1), RANK=rank, RP=padded(rank), E=experts, EP=held, EXPERTS=total,
-                MIX=mix, PARTS=parts, SAVE_T=t_out is not None, SAVE_W=w_out is not None,
-                BM=tile.rows, BN=tile.cols, CHUNK=64, STAGES=tile.stages,
+                SB_N=B.stride(-2), SB_R=B.stride(-1), RANK=rank, RP=padded(rank), E=experts, EP=padded(experts),
+                HELD=held, HP=padded_experts(held), MIX=mix, PARTS=parts, SAVE_T=t_out is not None,
+                SAVE_W=w_out is not None, BM=tile.rows, BN=tile.cols, CHUNK=64, STAGES=tile.stages,
             ),
             tile.warps,
             tile.stages,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import launch, plan, table
 from .backward import down_kernel, up_kernel
-from .reduce import reduce_kernel, sum_parts_kernel
+from .reduce import reduce_kernel
 
 # From this padded rank on, and from this many partials on, adding the partials of u in every column tile of dx (in
 # flight in shared memory, 2 KB each at r = 16) costs more than row programs that read g a second time, from L2.
@@ -15,6 +15,8 @@ WIDE, MOST_PARTS = 64, 8
 # Bytes of g in one run that row and column programs share: at r = 64 and d_out = 4096, the programs that an H100
 # holds at once belong to six runs, 36 MB of its 50 MB of L2, and those of an A100 to three, 18 MB of 40.
 SHARED_RUN = 6 << 20
+# Bytes of the experts' tiles that a step of row programs loads: twice in the pipeline's buffers, beside those of g.
+MIXED_TILES = 32 << 10
 
 
 class Backward:
@@ -57,46 +59,37 @@ class Backward:
 
     def up(self, *, emit_u: bool, need_dB: bool, need_dw: bool = False) -> None:
         """One pass over `g`: `u` or partials of it, partials of `dB` (or the shared `G`) and of `dw`."""
-        token = self.mix == "token"
-        by_rows = emit_u and (token or (self.mix == "none" and (not need_dB or self.wide())))
-        if not by_rows:
-            self._up(emit_u, need_dB, need_dw)
-            return
-        width = max(1, table.WIDEST // plan.padded(self.rank)) if token else 1
-        firsts = range(0, self.experts if token else 1, width)
-        self.u, self.parts = self._floats(len(firsts), self.T, self.rank), len(firsts)
-        if token:
-            self.dw = self._floats(self.T, self.experts)
-        for part, first in enumerate(firsts):
-            held = min(width, self.experts - first) if token else 1
-            self._up(False, need_dB and part == 0, False, self.u[part], first, held)
-
-    def _up(
-        self, emit_u: bool, need_dB: bool, need_dw: bool, u: Tensor | None = None, first: int = 0, held: int = 1
-    ) -> None:
-        """One launch; with `u`, row programs write it, for `held` experts from `first` on."""
         arch = plan.place(self.op, self.g, self.B, self.t, self.p, self.w, self.active)
         assert self.B is not None
         (T, N), rank, slots, token = self.g.shape, self.rank, self._slots(), self.mix == "token"
-        by_rows = u is not None
-        width = plan.padded(rank) * max(slots if need_dB else 1, plan.padded_experts(held) if by_rows else 1)
-        tile = plan.pick("up_rows" if by_rows else "up", arch, self.g, width, T)
+        columns_work = need_dB or need_dw
+        by_rows = emit_u and (token or self.wide() or not columns_work)
+        kernel, held = "up", 1
+        if by_rows and self.mix == "weights":
+            kernel, held = "up_mixed", self._mixed_at_once(arch)
+        elif by_rows:
+            kernel, held = "up_rows", plan.held_experts(self.experts, rank) if token else 1
+        width = plan.padded(rank) * max(slots if need_dB else 1, plan.padded_experts(held) if token else 1)
+        tile = plan.pick(kernel, arch, self.g, width, T)
         tiles = plan.cdiv(N, tile.cols) * (plan.cdiv(self.experts, slots) if token else 1)
-        columns = tiles if emit_u or need_dB or need_dw else 0
+        columns = tiles if columns_work or not by_rows else 0
         per_run, runs = plan.runs(T // self.groups, tile, tiles, self.groups, rank, arch)
         blocks = 0
         if by_rows:
             shared = max(SHARED_RUN // (N * self.g.element_size()), 12 * rank) // tile.rows * tile.rows
-            per_run = min(per_run, shared) if need_dB else tile.rows
-            runs, blocks = plan.cdiv(T, per_run), per_run // tile.rows
-        if need_dB:
-            self.runs = runs
-            self._allocate_dB()
+            per_run = max(tile.rows, min(per_run, shared)) if columns_work else tile.rows
+            runs, self.parts = plan.cdiv(T // self.groups, per_run), plan.cdiv(self.experts, held) if token else 1
+            blocks = per_run // tile.rows * self.parts
+        elif emit_u:
+            self.parts = tiles
         if emit_u:
-            self.u, self.parts = self._floats(tiles, T, rank), tiles
-            u = self.u
-        if need_dw:
-            self.runs, self.dw_count = runs, runs * tiles
+            self.u = self._floats(self.parts, T, rank)
+        if need_dB:
+            self._allocate_dB(runs)
+        if token and by_rows:
+            self.dw = self._floats(T, self.experts)
+        elif need_dw:
+            self.dw_count = runs * tiles
             self.dw = self._floats(self.groups * self.dw_count, self.experts)
         launch.run(
             launch.Launch(
@@ -104,17 +97,17 @@ class Backward:
                 up_kernel,
                 (columns + blocks, runs, self.groups),
                 (
-                    self.g, self.t if need_dB or need_dw or token else None, self.B, self.p if token else None,
-                    self.w if self.mix == "weights" else None, self.active if need_dB else None, u,
-                    self.b_parts if need_dB else None, self.dw,
+                    self.g, self.t if columns_work or token else None, self.B, self.p if token else None,
+                    self.w if self.mix == "weights" else None, self.active if need_dB else None, self.u,
+                    self.b_parts, self.dw,
                     T, N, self.g.stride(0), self.B.stride(0) if self.B.dim() == 3 else 0, T // self.groups, per_run,
-                    columns, plan.segment(N, tile)[0] if by_rows else 1, first, float(self.scale),
+                    columns, plan.segment(N, tile)[0] if by_rows else 1, float(self.scale),
                 ),
                 dict(
                     SB_N=self.B.stride(-2), SB_R=self.B.stride(-1), RANK=rank, RP=plan.padded(rank), E=self.experts,
                     EP=plan.padded(self.experts), MIX=self.mix, HAS_ACTIVE=self.active is not None and need_dB,
-                    EMIT_U=emit_u, NEED_DB=need_dB, NEED_DW=need_dw, BY_ROWS=by_rows, HELD=held,
-                    HP=plan.padded_experts(held), BM=tile.rows, BK=tile.inner, BN=tile.cols, SLOTS=slots,
+                    EMIT_U=emit_u and not by_rows, NEED_DB=need_dB, NEED_DW=need_dw and not token, BY_ROWS=by_rows,
+                    HELD=held, HP=plan.padded_experts(held), BM=tile.rows, BK=tile.inner, BN=tile.cols, SLOTS=slots,
                     STAGES=tile.stages,
                 ),
                 tile.warps,
@@ -128,27 +121,16 @@ class Backward:
         tile = plan.pick("up", arch, self.g, plan.padded(self.rank), self.T)
         return plan.padded(self.rank) >= WIDE or plan.cdiv(self.g.shape[1], tile.cols) > MOST_PARTS
 
-    def sum_u(self) -> None:
-        """Add the partials of `u` once, where adding them in every column tile of `dx` would cost more."""
-        if self.u is None or self.parts == 1:
-            return
-        arch = plan.place(self.op, self.g)
-        tile = plan.pick("reduce", arch, self.g, plan.padded(self.rank), self.T)
-        u, count, block = self._floats(self.T, self.rank), self.T * self.rank, 8 * tile.cols
-        launch.run(
-            launch.Launch(
-                "sum_parts_kernel",
-                sum_parts_kernel,
-                (plan.cdiv(count, block), 1, 1),
-                (self.u, u, count, self.parts),
-                dict(BLOCK=block),
-                tile.warps,
-                tile.stages,
-            )
-        )
-        self.u, self.parts = u, 1
+    def _mixed_at_once(self, arch: str) -> int:
+        """Experts whose tiles a step of row programs loads; the steps that one tile takes share them evenly."""
+        assert self.B is not None
+        tile = plan.pick("up_mixed", arch, self.g, plan.padded(self.rank), self.T)
+        bytes_each = tile.inner * plan.padded(self.rank) * self.B.element_size()
+        most = max(1, MIXED_TILES // bytes_each)
+        return plan.cdiv(self.experts, plan.cdiv(self.experts, most))
 
-    def _allocate_dB(self) -> None:
+    def _allocate_dB(self, runs: int) -> None:
+        self.runs = runs
         experts = self.experts if self.mix == "token" else 1
         self.b_parts = self._floats(self.groups * self.runs, experts * self.rank, self.g.shape[1])
 

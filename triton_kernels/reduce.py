@@ -91,12 +91,3 @@ def reduce_kernel(
         experts = tl.arange(0, EP)
         total = sum_runs(dw_parts, 0, dw_count, experts, E, experts < E)
         tl.store(dweights + experts, total, mask=experts < E)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def sum_parts_kernel(parts_in, out, count, parts, BLOCK: tl.constexpr):
-    """`out [count] = sum of parts_in [parts, count]`, in order."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(
-        out + place, sum_runs(parts_in, 0, parts, place, tl.cast(count, tl.int64), place < count), mask=place < count
-    )

@@ -49,7 +49,7 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (64, _ANY, Tile(64, 128, 128, 4, 3)),
             (128, _ANY, Tile(32, 128, 64, 8, 3)),
         ],
-        4: [(32, _ANY, Tile(16, 64, 64, 4, 3)), (128, _ANY, Tile(16, 64, 64, 8, 2))],
+        4: [(32, _ANY, Tile(16, 64, 64, 4, 5)), (128, _ANY, Tile(16, 64, 64, 8, 2))],
     },
     "shrink": {
         2: [
@@ -59,7 +59,7 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (64, _ANY, Tile(64, 128, 0, 4, 3)),
             (_ANY, _ANY, Tile(32, 128, 0, 8, 3)),
         ],
-        4: [(32, _ANY, Tile(16, 64, 0, 4, 3)), (_ANY, _ANY, Tile(16, 64, 0, 8, 2))],
+        4: [(32, _ANY, Tile(16, 64, 0, 4, 5)), (_ANY, _ANY, Tile(16, 64, 0, 8, 2))],
     },
     "expand": {
         2: [
@@ -69,6 +69,8 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
         ],
         4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (64, _ANY, Tile(16, 0, 64, 4, 3)), (128, _ANY, Tile(16, 0, 32, 4, 2))],
     },
+    # A bank in several steps for each block of rows, which reads it whole: tall blocks.
+    "expand_wide": {2: [(_ANY, _ANY, Tile(64, 0, 128, 8, 3))], 4: [(_ANY, _ANY, Tile(64, 0, 64, 8, 2))]},
     # With the partials of a split-K shrink in flight beside the stream: 8 of them, 2 KB each at r = 16.
     "expand_parts": {
         2: [
@@ -93,7 +95,16 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (64, _ANY, Tile(64, 128, 128, 8, 3)),
             (128, _ANY, Tile(32, 128, 128, 8, 3)),
         ],
-        4: [(32, _ANY, Tile(16, 64, 128, 4, 3)), (128, _ANY, Tile(16, 64, 64, 8, 2))],
+        4: [(32, _ANY, Tile(16, 64, 128, 4, 5)), (128, _ANY, Tile(16, 64, 64, 8, 2))],
+    },
+    # The same for a mixed bank, which every block of rows reads whole: tall blocks.
+    "up_mixed": {
+        2: [
+            (32, _ANY, Tile(64, 64, 256, 8, 3)),
+            (64, _ANY, Tile(128, 64, 128, 8, 3)),
+            (128, _ANY, Tile(128, 64, 64, 8, 3)),
+        ],
+        4: [(32, _ANY, Tile(64, 32, 64, 4, 3)), (128, _ANY, Tile(64, 32, 32, 8, 2))],
     },
     "down": {
         2: [
@@ -103,7 +114,7 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (128, _ANY, Tile(32, 0, 128, 8, 3)),
             (_ANY, _ANY, Tile(16, 0, 64, 4, 2)),
         ],
-        4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (_ANY, _ANY, Tile(16, 0, 64, 8, 2))],
+        4: [(32, _ANY, Tile(16, 0, 128, 4, 5)), (_ANY, _ANY, Tile(16, 0, 64, 8, 2))],
     },
     "reduce": {
         2: [(16, _ANY, Tile(0, 0, 128, 4, 2)), (_ANY, _ANY, Tile(0, 0, 64, 4, 2))],
@@ -112,7 +123,18 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
 }
 # Rows that come first on one architecture, where the shared row spills.
 _ARCHITECTURE_ROWS: dict[str, dict[str, dict[int, list[tuple[int, int, Tile]]]]] = {
-    "sm_80": {"down": {4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (_ANY, _ANY, Tile(16, 0, 32, 4, 3))]}},
+    "sm_80": {
+        "down": {4: [(32, _ANY, Tile(16, 0, 128, 4, 5)), (_ANY, _ANY, Tile(16, 0, 32, 4, 3))]},
+        "expand_wide": {4: [(_ANY, _ANY, Tile(32, 0, 64, 8, 2))]},
+        "up_mixed": {
+            2: [
+                (32, _ANY, Tile(64, 64, 256, 8, 3)),
+                (64, _ANY, Tile(128, 64, 128, 8, 3)),
+                (128, _ANY, Tile(64, 64, 64, 8, 3)),
+            ],
+            4: [(32, _ANY, Tile(64, 32, 64, 4, 3)), (128, _ANY, Tile(32, 32, 32, 8, 2))],
+        },
+    },
     "sm_100": {
         "residual_add": {
             2: [
@@ -122,10 +144,23 @@ _ARCHITECTURE_ROWS: dict[str, dict[str, dict[int, list[tuple[int, int, Tile]]]]]
             ]
         },
         "shrink": {2: [(32, 2048, Tile(16, 128, 0, 4, 4)), (64, 2048, Tile(32, 128, 0, 4, 3))]},
+        "up_mixed": {2: [(32, _ANY, Tile(64, 64, 128, 8, 3))]},
     },
-    "gfx942": {"up": {2: [(32, _ANY, Tile(32, 0, 256, 4, 2)), (64, _ANY, Tile(32, 0, 128, 4, 2))]}},
+    "gfx942": {
+        "up": {2: [(32, _ANY, Tile(32, 0, 256, 4, 2)), (64, _ANY, Tile(32, 0, 128, 4, 2))]},
+        "up_mixed": {
+            2: [
+                (32, _ANY, Tile(64, 64, 256, 4, 2)),
+                (64, _ANY, Tile(128, 64, 128, 4, 2)),
+                (128, _ANY, Tile(64, 64, 64, 4, 2)),
+            ]
+        },
+    },
 }
-WIDEST = 128  # rank (or experts times padded rank, in backward) that one launch takes; more comes in several
+WIDEST = 128  # rank that one launch takes; more comes in several
+# Experts times padded rank that one product of the token-routed expand takes, by element size: both of its operands
+# change from step to step, and a float32 one is three of bfloat16 in registers.
+TOKEN_WIDEST = {2: 128, 4: 64}
 
 
 @functools.cache

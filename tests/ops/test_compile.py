@@ -62,6 +62,9 @@ def _samples(op: str) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
             elif op == "residual_add_backward_out":
                 gradients = {"dx": torch.zeros_like(x), "dA": torch.zeros_like(A), "dB": torch.zeros_like(B)}
                 yield (g, x, t, A, B, 0.5, p, seed), gradients
+            elif op == "residual_add_norm":
+                weight, bias = torch.full(y.shape[-1:], 2.0), torch.ones(y.shape[-1:], dtype=y.dtype)
+                yield (y, x, A, B, 0.5, weight, bias if p else None, 1e-5, p > 0), {}
             elif op == "shrink":
                 yield (x, A, p, seed), {}
             elif op == "shrink_backward":

@@ -26,7 +26,7 @@ def threads(request):
 
 def _problems(dtype: torch.dtype, small: bool):
     """Large enough to be split over threads, with tails."""
-    shape = ((2, 41), 70, 53, 8) if small else ((2, 300), 259, 390, 8)
+    shape = ((2, 11), 70, 53, 8) if small else ((2, 300), 259, 390, 8)
     yield ResidualAdd(*shape, dtype, dtype, needs=ALL & frozenset("yxAB"))
     yield Halves(*shape, dtype, torch.float32, needs=ALL & frozenset("yxAB"))
     for routing in ("batch", "sample", "token", "static"):
@@ -38,7 +38,7 @@ def _problems(dtype: torch.dtype, small: bool):
 def test_twenty_runs_give_the_same_bits(backend, dtype, threads):
     for problem in _problems(dtype, interpreted(backend)):
         first = problem.ours(backend)
-        for _ in range(RUNS - 1):
+        for _ in range(1 if interpreted(backend) else RUNS - 1):  # an interpreter runs programs in one order
             for name, value in problem.ours(backend).items():
                 assert_same_bits(value, first[name], f"{type(problem).__name__} {name}")
 
@@ -78,15 +78,20 @@ WIDTHS = [(70, 53, 3), (256, 384, 8), (256, 384, 16), (771, 130, 33), (2180, 410
 @pytest.mark.parametrize("op", ["residual_add", "shrink", "expand_add", "static", "token on t", "token on x"])
 @dtypes
 def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it(kernel_backend, dtype, op, d_in, d_out, rank):
-    if interpreted(kernel_backend) and d_in > 1000:
-        pytest.skip("too wide for the interpreter; there for the blocks that the C++ kernels choose")
-    problem = Routed((299,), d_in, d_out, rank, dtype, dtype, experts=4, router_input="x")
+    rows = 299
+    if interpreted(kernel_backend):
+        if (d_in, rank) != (256, 16):
+            pytest.skip(
+                "one width of two tiles is enough for the interpreter; the others are for the C++ kernels' blocks"
+            )
+        rows = 140  # one launch up to 128, two from there on
+    problem = Routed((rows,), d_in, d_out, rank, dtype, dtype, experts=4, router_input="x")
     device = device_of(kernel_backend)
     inputs, g = problem.tensors(device)
-    tensors = {**inputs, "g": g, "t": torch.randn(299, rank, generator=torch.Generator().manual_seed(1)).to(device)}
+    tensors = {**inputs, "g": g, "t": torch.randn(rows, rank, generator=torch.Generator().manual_seed(1)).to(device)}
     with use_backend(kernel_backend):
         everything = _rowwise(op, tensors, slice(None))
-        for begin, end in ROWS:
+        for begin, end in [(0, 1), (7, 40)] if interpreted(kernel_backend) else ROWS:
             for name, value in _rowwise(op, tensors, slice(begin, end)).items():
                 assert_same_bits(value, everything[name][begin:end], f"{name} of rows {begin}:{end}")
 

@@ -91,10 +91,15 @@ def test_a_sample_with_no_kept_token_gets_weights_of_zero(arena: Arena) -> None:
     check(v, "sample", "t", needs=[True, True, True, True, False], token_mask=mask)
 
 
-@pytest.mark.parametrize(("routing", "rank", "experts"), [("token", 40, 5), ("token", 4, 17), ("batch", 70, 2)])
-def test_banks_wider_than_one_launch(arena: Arena, routing: str, rank: int, experts: int) -> None:
+@pytest.mark.parametrize(
+    ("routing", "rank", "experts"),
+    [("token", 40, 5), ("token", 4, 17), ("batch", 70, 2), ("batch", 40, 7), ("sample", 70, 3), ("static", 128, 5)]
+    + [(routing, 130, 2) for routing in ("batch", "sample", "token", "static")],
+)
+def test_banks_wider_than_one_product(arena: Arena, routing: str, rank: int, experts: int) -> None:
     v = problem(arena, routing, "t", torch.float32, rank=rank, E=experts)
-    check(v, routing, "t", needs=[True, True, True, True, False], active=v["active"])
+    static = routing == "static"
+    check(v, routing, "t", needs=[True, True, True, not static, static], active=v["active"])
 
 
 def test_transposed_bank_is_read_where_it_lies(arena: Arena) -> None:

@@ -141,10 +141,15 @@ def test_routed_forward_moves_three_passes_in_two_launches(v: dict[str, Tensor],
     assert passes(launches, [results[0][0], v["x"], v["y"]]) == 3.0
 
 
-@pytest.mark.parametrize(("routing", "expected"), [("batch", 3.0), ("token", 3.0)])
-def test_routed_backward_in_three_launches(v: dict[str, Tensor], routing: str, expected: float) -> None:
-    b = bank(EXPERTS, D, D, RANK, "t", torch.float16)
-    p = torch.softmax(torch.randn(T, EXPERTS, generator=torch.Generator().manual_seed(0)), -1)
+@pytest.mark.parametrize(
+    ("tokens", "rank", "experts"), [(T, RANK, EXPERTS), (256, 64, 2), (256, 64, 5), (256, 128, 2), (256, 3, 17)]
+)
+@pytest.mark.parametrize("routing", ["batch", "token"])
+def test_routed_backward_in_three_launches_and_three_passes(routing: str, tokens: int, rank: int, experts: int) -> None:
+    """Also where the partials of `u` would cost a pass (ranks from 64 on) and where one product is too narrow for the
+    bank (experts times rank above 128)."""
+    v, b = parameters((tokens,), D, D, rank, torch.float16), bank(experts, D, D, rank, "t", torch.float16)
+    p = torch.softmax(torch.randn(tokens, experts, generator=torch.Generator().manual_seed(0)), -1)
     results: list[Any] = []
     launches = counted(
         lambda: results.append(
@@ -154,8 +159,8 @@ def test_routed_backward_in_three_launches(v: dict[str, Tensor], routing: str, e
             )
         )
     )  # fmt: skip
-    assert len(launches) == 3
-    assert passes(launches, [v["g"], v["x"], results[0][0]]) == expected
+    assert [launch.name for launch in launches] == ["up_kernel", "down_kernel", "reduce_kernel"]
+    assert passes(launches, [v["g"], v["x"], results[0][0]]) == 3.0
 
 
 def test_inactive_experts_cost_no_reads_of_their_weights_or_partials(v: dict[str, Tensor]) -> None:
