@@ -83,6 +83,7 @@ def configurations(quick: bool = False) -> list[Config]:
     for r in (16, 64):
         found += [_config(op, way, 8192, r, "float32") for op in ("residual", "batch") for way in both]
         found += [_config("residual", "forward", 1024, r, "float32")]
+    found += [_config("batch", "forward", 8192, 128, "float32")]
     found += [_config("token", way, 8192, r, "float32") for r in (16, 64) for way in both]
     found += [_config("dx", "backward", 8192, 64, "float32", dropout=True)]
     return list(dict.fromkeys(found))

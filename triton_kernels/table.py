@@ -67,7 +67,7 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (64, _ANY, Tile(32, 0, 128, 4, 3)),
             (128, _ANY, Tile(32, 0, 64, 4, 3)),
         ],
-        4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (64, _ANY, Tile(16, 0, 64, 4, 3)), (128, _ANY, Tile(16, 0, 32, 4, 2))],
+        4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (64, _ANY, Tile(16, 0, 64, 4, 5)), (128, _ANY, Tile(16, 0, 32, 4, 2))],
     },
     # A bank in several steps for each block of rows, which reads it whole: tall blocks.
     "expand_wide": {2: [(_ANY, _ANY, Tile(64, 0, 128, 8, 3))], 4: [(_ANY, _ANY, Tile(64, 0, 64, 8, 2))]},
@@ -95,7 +95,11 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (64, _ANY, Tile(64, 128, 128, 8, 3)),
             (128, _ANY, Tile(32, 128, 128, 8, 3)),
         ],
-        4: [(32, _ANY, Tile(16, 64, 128, 4, 5)), (128, _ANY, Tile(16, 64, 64, 8, 2))],
+        4: [
+            (32, _ANY, Tile(16, 64, 128, 4, 5)),
+            (64, _ANY, Tile(16, 64, 64, 4, 5)),
+            (128, _ANY, Tile(16, 64, 64, 8, 2)),
+        ],
     },
     # The same for a mixed bank, which every block of rows reads whole: tall blocks.
     "up_mixed": {

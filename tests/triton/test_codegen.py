@@ -105,18 +105,28 @@ def test_the_interpreter_is_refused() -> None:
     assert done.stderr.strip() == f"lowrank-fast codegen: no triton kernels: {reason}"
 
 
+def evaluated(code: str) -> str:
+    """What `code` prints, in a process that does not interpret."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", "from lowrank_fast import codegen, triton_backend as b; " + code]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True).stdout
+
+
 def fraction(config_text: str, launches: str, need: float) -> None:
-    """The modelled fraction of the copy bandwidth that the issue asks for, from formulas alone."""
-    code = (
-        "from lowrank_fast import codegen, triton_backend as b; m = b.kernels('model'); "
-        f"c = {config_text}; found = codegen.launches(c, 'sm_90'); assert {launches}; "
+    """The modelled fraction of the copy bandwidth, from formulas alone, is at least `need`."""
+    found = evaluated(
+        f"m = b.kernels('model'); c = {config_text}; found = codegen.launches(c, 'sm_90'); assert {launches}; "
         "total = sum(m.seconds(one, 'sm_90')[0] for one in found); print(3 * c.T * c.d * 2 / 3.0e12 / total)"
     )
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True, check=True
+    assert float(found) >= need, found
+
+
+def test_kernels_that_are_disassembled_together_have_the_facts_of_each_alone() -> None:
+    evaluated(
+        "m = b.kernels('machine'); found = codegen.launches(codegen._config('residual', 'backward', 8192, 16), 'sm_90');"
+        "together = m.inspect(found, 'sm_90'); apart = [m.inspect([one], 'sm_90')[0] for one in found]; "
+        "assert together == apart and len({str(facts) for facts in apart}) == len(found) == 3, (together, apart)"
     )
-    assert float(done.stdout) >= need, done.stdout
 
 
 def test_a_crash_of_the_compiler_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
