@@ -130,6 +130,7 @@ _ARCHITECTURE_ROWS: dict[str, dict[str, dict[int, list[tuple[int, int, Tile]]]]]
     "sm_80": {
         "down": {4: [(32, _ANY, Tile(16, 0, 128, 4, 5)), (_ANY, _ANY, Tile(16, 0, 32, 4, 3))]},
         "expand_wide": {4: [(_ANY, _ANY, Tile(32, 0, 64, 8, 2))]},
+        "up_rows": {4: [(32, _ANY, Tile(16, 64, 128, 4, 5)), (128, _ANY, Tile(16, 64, 64, 8, 2))]},
         "up_mixed": {
             2: [
                 (32, _ANY, Tile(64, 64, 256, 8, 3)),

@@ -123,7 +123,8 @@ def fraction(config_text: str, launches: str, need: float) -> None:
 
 def test_kernels_that_are_disassembled_together_have_the_facts_of_each_alone() -> None:
     evaluated(
-        "m = b.kernels('machine'); found = codegen.launches(codegen._config('residual', 'backward', 8192, 16), 'sm_90');"
+        "m = b.kernels('machine'); "
+        "found = codegen.launches(codegen._config('residual', 'backward', 8192, 16), 'sm_90'); "
         "together = m.inspect(found, 'sm_90'); apart = [m.inspect([one], 'sm_90')[0] for one in found]; "
         "assert together == apart and len({str(facts) for facts in apart}) == len(found) == 3, (together, apart)"
     )
