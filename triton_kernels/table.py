@@ -65,7 +65,7 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
         2: [
             (32, _ANY, Tile(32, 0, 256, 8, 3)),
             (64, _ANY, Tile(32, 0, 128, 4, 3)),
-            (128, _ANY, Tile(32, 0, 64, 4, 3)),
+            (128, _ANY, Tile(32, 0, 64, 4, 5)),
         ],
         4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (64, _ANY, Tile(16, 0, 64, 4, 5)), (128, _ANY, Tile(16, 0, 32, 4, 2))],
     },
