@@ -55,6 +55,9 @@ void pieces(const PanelSource& source, int64_t begin, int64_t end, const F& f) {
 inline void shrink_few(const Kernels& table, const Rows& x, const PanelSource& P, int64_t k, const Dropout& drop,
                        int64_t begin, int64_t end, float* t) {
   const int64_t tk = pad_rank(k), cols = x.matrix.cols;
+  if (end - begin == 1 && !drop.on &&
+      table.shrink_row(x.from(begin), P.stack().data(), static_cast<int64_t>(P.stack().size()), t))
+    return;
   if (P.direct() || (tk <= kRankBlock && end - begin <= table.most_rows)) {
     pieces(P, 0, cols, [&](Panel panel, int64_t from, int64_t to) {
       blocks(begin, end, table.most_rows, [&](int64_t row, int64_t rows) {

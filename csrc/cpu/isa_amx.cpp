@@ -317,6 +317,8 @@ static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, floa
 }
 
 // One row takes the same way as many: other bits otherwise.
+static bool shrink_row(const Matrix&, const Factor*, int64_t, float*) { return false; }
+
 static bool expand_row(const Matrix*, const Matrix&, const float*, const Factor*, int64_t, int64_t, int64_t) {
   return false;
 }
@@ -327,8 +329,9 @@ constexpr PanelFormat kPairs = {pairs_floats, pack_pairs, false}, kTwice = {pane
 
 namespace lowrank {
 extern const Kernels kernels_amx;
-const Kernels kernels_amx = {kUnit,  kTileRows,  kTileRows, kPairs,       kTwice,       panel_ld, unpack<F32>, shrink,
-                             expand, expand_row, outer,     shrink_outer, expand_outer, softmax,  nullptr};
+const Kernels kernels_amx = {kUnit,        kTileRows,    kTileRows,  kPairs, kTwice,     panel_ld,
+                             unpack<F32>,  shrink,       shrink_row, expand, expand_row, outer,
+                             shrink_outer, expand_outer, softmax,    nullptr};
 }  // namespace lowrank
 
 #if defined(__clang__)

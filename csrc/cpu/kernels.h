@@ -81,6 +81,9 @@ struct Kernels {
   // of x, for dropout.
   void (*shrink)(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, const Dropout& drop, int64_t first_row,
                  int64_t begin, int64_t end);
+  // the same for one row, without dropout, over all columns of `count` factors stacked along k, which it reads where
+  // they are, with the same bits; false: not for these factors or columns
+  bool (*shrink_row)(const Matrix& x, const Factor* stack, int64_t count, float* t);
   // out = y + z P over columns [begin, end); y null: out = z P
   void (*expand)(const Matrix* y, const Matrix& out, int64_t rows, const float* z, Panel P, int64_t k, int64_t begin,
                  int64_t end, const Dropout& drop, int64_t first_row);

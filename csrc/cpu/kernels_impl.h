@@ -45,9 +45,9 @@ struct Fetch {  // rows that are wanted in the second-level cache soon
 };
 
 // acc[(row * k + rank) * kLanes ..] (+)= products of `columns` columns, for R rows and C ranks; fetches `Ahead` rows.
-template <class D, class S, int R, int C, int Ahead>
-LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const float* P, int64_t ld, int64_t columns,
-                                float* acc, int64_t k, bool accumulate, const S* ahead) {
+template <class D, class S, int R, int C, int Ahead, class Q = F32>
+LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const typename Q::T* P, int64_t ld,
+                                int64_t columns, float* acc, int64_t k, bool accumulate, const S* ahead) {
   V sum[R][C], sum_b[R][C];  // sum_b: only where the unit is split
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -57,31 +57,33 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const fl
       sum_b[i][j] = V{};
     }
   // a half at a time: with both, the inputs and the sums would not fit in 16 registers
-  auto half = [&](const float* p, V(&sums)[R][C], const V(&a)[R]) __attribute__((always_inline)) {
+  auto half = [&](auto which, int64_t d, V(&sums)[R][C], const V(&a)[R]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) {
-      V factor = load(p + j * ld);
+      V factor = Q::template load_half<decltype(which)::value>(P + j * ld + d);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) sums[i][j] += a[i] * factor;
     }
   };
+  constexpr std::integral_constant<int, 0> first;
+  constexpr std::integral_constant<int, 1> second;
   int64_t d = 0;
   for (; d + kUnit <= columns; d += kUnit) {
     for (int i = 0; i < Ahead; ++i) prefetch_unit(ahead + i * stride + d);
     V a[R];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) a[i] = D::template load_half<0>(x + i * stride + d);
-    half(P + d, sum, a);
+    half(first, d, sum, a);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) a[i] = D::template load_half<1>(x + i * stride + d);
-    half(P + d + kLanes, kSplitUnit ? sum_b : sum, a);
+    half(second, d, kSplitUnit ? sum_b : sum, a);
   }
   if (d < columns) {
     V a[R], b[R];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) load2_tail<D>(x + i * stride + d, columns - d, a[i], b[i]);
-    half(P + d, sum, a);
-    half(P + d + kLanes, kSplitUnit ? sum_b : sum, b);
+    half(first, d, sum, a);
+    half(second, d, kSplitUnit ? sum_b : sum, b);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -253,6 +255,36 @@ static void shrink(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, 
   }
 }
 
+// With activations and factors of one 16-bit dtype the units of both lie in the same order.
+template <class D>
+static bool shrink_row(const Matrix& x, const Factor* stack, int64_t count, float* t) {
+  int64_t ranks = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    bool direct = false;
+    with_dtype(stack[i], [&](auto dtype, const auto*) { direct = std::is_same_v<decltype(dtype), D>; });
+    if (!direct || stack[i].stride_d != 1 || stack[i].k % 4 || x.cols % kUnit) return false;
+    ranks += stack[i].k;
+  }
+  if (ranks > kRankBlock) return false;
+  float* sums = scratch().lanes;
+  const typename D::T* row = row_of<D>(x, 0, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    const auto* factors = static_cast<const typename D::T*>(stack[i].data);
+    int64_t rank = 0;
+    auto tile = [&](auto ranks_at_once) __attribute__((always_inline)) {
+      constexpr int C = decltype(ranks_at_once)::value;
+      for (; rank + C <= stack[i].k; rank += C)
+        shrink_tile<D, float, 1, C, 0, D>(row, 0, factors + rank * stack[i].stride_k, stack[i].stride_k, x.cols,
+                                          sums + rank * kLanes, 1, false, sums);
+    };
+    tile(std::integral_constant<int, 2 * kShrinkRanks>{});
+    tile(std::integral_constant<int, kShrinkRanks>{});
+    sums += stack[i].k * kLanes;
+  }
+  sum_lanes(scratch().lanes, ranks, t);
+  return true;
+}
+
 // ---------------------------------------------------------------------------------------------- expand
 
 template <int R, class T>
@@ -404,33 +436,47 @@ static void expand(const Matrix* y, const Matrix& out, int64_t rows, const float
   }
 }
 
+// sums[2 * i + half] (+)= the ranks of one factor at the units d, d + kUnit ..: chains enough to hide the latency
+template <class D, int Units>
+LOWRANK_INLINE void expand_row_units(const Factor& f, const float* z, int64_t d, V (&sums)[2 * Units]) {
+  with_dtype(f, [&](auto dtype, const auto* data) {
+    using S = decltype(dtype);
+    for (int64_t rank = 0; rank < f.k; rank += kTransposed<S>)
+#pragma GCC unroll 4
+      for (int i = 0; i < 2 * Units; ++i)
+        transposed_ranks<D, S>(data, f, rank, d + i / 2 * kUnit, i % 2,
+                               [&](int j, V v) { sums[i] += broadcast(z[rank + j]) * v; });
+  });
+}
+
 template <class D>
 static bool expand_row(const Matrix* y, const Matrix& out, const float* z, const Factor* stack, int64_t count,
                        int64_t begin, int64_t end) {
-  bool whole = (end - begin) % kUnit == 0;
   int64_t ranks = 0;
   for (int64_t i = 0; i < count; ++i) {
-    whole = whole && rank_fastest(stack[i]);
+    bool whole = (end - begin) % kUnit == 0;
+    with_dtype(stack[i], [&](auto dtype, const auto*) {
+      whole = whole && transposable<D, decltype(dtype)>(stack[i], stack[i].k, end - kUnit);
+    });
+    if (!whole) return false;
     ranks += stack[i].k;
   }
-  whole = whole && ranks <= kChain;
-  for (int64_t d = begin; whole && d < end; d += kUnit) {
-    V sums[2] = {};
-    for (int half = 0; half < 2; ++half) {
-      const float* w = z;
-      for (int64_t i = 0; i < count; w += stack[i++].k)
-        with_dtype(stack[i], [&](auto dtype, const auto* data) {
-          whole =
-              whole && transposed_half<D, decltype(dtype)>(data, stack[i], 0, stack[i].k, d, half,
-                                                           [&](int64_t j, V v) { sums[half] += broadcast(w[j]) * v; });
-        });
+  if (ranks > kChain) return false;
+  auto units = [&](int64_t d, auto how_many) __attribute__((always_inline)) {
+    constexpr int Units = decltype(how_many)::value;
+    V sums[2 * Units] = {};
+    const float* w = z;
+    for (int64_t i = 0; i < count; w += stack[i++].k) expand_row_units<D, Units>(stack[i], w, d, sums);
+    for (int i = 0; i < Units; ++i, d += kUnit) {
+      V a{}, b{};
+      if (y) D::load2(row_of<D>(*y, 0, d), a, b);
+      D::store2(row_of<D>(out, 0, d), a + sums[2 * i], b + sums[2 * i + 1]);
     }
-    if (!whole) break;  // before anything is written: what stops one unit stops the first
-    V a{}, b{};
-    if (y) D::load2(row_of<D>(*y, 0, d), a, b);
-    D::store2(row_of<D>(out, 0, d), a + sums[0], b + sums[1]);
-  }
-  return whole;
+  };
+  int64_t d = begin;
+  for (; d + 2 * kUnit <= end; d += 2 * kUnit) units(d, std::integral_constant<int, 2>{});
+  if (d < end) units(d, std::integral_constant<int, 1>{});
+  return true;
 }
 
 // ---------------------------------------------------------------------------------------------- outer
@@ -561,8 +607,9 @@ static void multiply_add(int64_t count) {
 template <class D>
 constexpr Kernels table() {
   constexpr PanelFormat panel = {panel_floats, pack<D>, !D::even_odd};
-  return {kUnit,     kLightRows,    kMostRows, panel,           panel,           panel_ld, unpack<D>,   shrink<D>,
-          expand<D>, expand_row<D>, outer<D>,  shrink_outer<D>, expand_outer<D>, softmax,  multiply_add};
+  return {kUnit,           kLightRows,      kMostRows,     panel,       panel,         panel_ld,
+          unpack<D>,       shrink<D>,       shrink_row<D>, expand<D>,   expand_row<D>, outer<D>,
+          shrink_outer<D>, expand_outer<D>, softmax,       multiply_add};
 }
 
 }  // namespace

@@ -33,17 +33,25 @@ struct UnitOrder {
   static constexpr int step = D::even_odd ? 2 : 1, second = D::even_odd ? 1 : kLanes;
 };
 
-// f(j, v): v holds rank `rank` + j of the columns in half `half` of the unit at d, for j < ranks. False where the words
-// of the factor do not lie so that they can be transposed as they are loaded.
-template <class D, class S, class F>
-LOWRANK_INLINE bool transposed_half(const typename S::T* data, const Factor& f, int64_t rank, int64_t ranks, int64_t d,
-                                    int half, const F& write) {
-#if LOWRANK_LANES > 4
+// Whether `transposed_ranks` reads this factor: `ranks` of it at a whole unit of columns from d.
+template <class D, class S>
+LOWRANK_INLINE bool transposable(const Factor& f, int64_t ranks, int64_t d) {
   constexpr int packed = 4 / sizeof(typename S::T);  // elements to a word
-  const int64_t stride = UnitOrder<D>::step * f.stride_d;
-  if (std::is_same_v<S, F16> || d + kUnit > f.d || ranks % (4 * packed) || stride % packed) return false;
+  return kLanes > 4 && !std::is_same_v<S, F16> && rank_fastest(f) && d + kUnit <= f.d && ranks % (4 * packed) == 0 &&
+         UnitOrder<D>::step * f.stride_d % packed == 0;
+}
+
+template <class S>
+constexpr int kTransposed = 16 / sizeof(typename S::T);  // ranks that `transposed_ranks` reads
+
+// write(j, v): v holds rank `rank` + j of the columns in half `half` of the unit at d, for j < kTransposed<S>.
+template <class D, class S, class F>
+LOWRANK_INLINE void transposed_ranks(const typename S::T* data, const Factor& f, int64_t rank, int64_t d, int half,
+                                     const F& write) {
+#if LOWRANK_LANES > 4
+  constexpr int packed = 4 / sizeof(typename S::T);
   const typename S::T* first = data + (d + half * UnitOrder<D>::second) * f.stride_d + rank;
-  load_transposed(reinterpret_cast<const float*>(first), stride / packed, ranks / packed, [&](int64_t j, V v) {
+  load_transposed(reinterpret_cast<const float*>(first), UnitOrder<D>::step * f.stride_d / packed, [&](int j, V v) {
     if constexpr (packed == 1) {
       write(j, v);
     } else {
@@ -51,9 +59,6 @@ LOWRANK_INLINE bool transposed_half(const typename S::T* data, const Factor& f, 
       write(2 * j + 1, (V)((VU)v & 0xffff0000u));
     }
   });
-  return true;
-#else
-  return false;
 #endif
 }
 
@@ -66,7 +71,9 @@ LOWRANK_INLINE void pack_unit(const typename S::T* data, const Factor& f, int64_
     for (int half = 0; half < 2; ++half) {
       float* to = panel + half * kLanes;
       const int64_t there = ranks < rows ? ranks : rows;
-      if (transposed_half<D, S>(data, f, rank, there, d, half, [&](int64_t j, V v) { store(to + j * ld, v); })) {
+      if (transposable<D, S>(f, there, d)) {
+        for (int64_t j = 0; j < there; j += kTransposed<S>)
+          transposed_ranks<D, S>(data, f, rank + j, d, half, [&](int i, V v) { store(to + (j + i) * ld, v); });
         for (int64_t j = there; j < rows; ++j) store(to + j * ld, V{});
         continue;
       }

@@ -296,7 +296,7 @@ LOWRANK_INLINE void transpose(V* v) {  // kLanes x kLanes in registers: swap off
   }
 }
 
-// write(j, v): lane i of v is word j of the row at p + i * stride words, for j < words, a multiple of 4. Loads fill a
+// write(j, v): lane i of v is word j < 4 of the row at p + i * stride words. Loads fill a
 // register with the same four words of every fourth row, so that the shuffles stay within quarters: half of what
 // `transpose` takes. Not for four lanes.
 #if LOWRANK_LANES > 4
@@ -323,18 +323,16 @@ LOWRANK_INLINE V zip_quarters(V a, V b) {
 }
 
 template <class Write>
-LOWRANK_INLINE void load_transposed(const float* p, int64_t stride, int64_t words, const Write& write) {
-  for (int64_t j = 0; j < words; j += 4, p += 4) {
-    V a[4];
+LOWRANK_INLINE void load_transposed(const float* p, int64_t stride, const Write& write) {
+  V a[4];
 #pragma GCC unroll 4
-    for (int m = 0; m < 4; ++m) a[m] = every_fourth_row(p + m * stride, stride);
-    const V low = zip_quarters<1, false>(a[0], a[1]), high = zip_quarters<1, true>(a[0], a[1]);
-    const V low2 = zip_quarters<1, false>(a[2], a[3]), high2 = zip_quarters<1, true>(a[2], a[3]);
-    write(j, zip_quarters<2, false>(low, low2));
-    write(j + 1, zip_quarters<2, true>(low, low2));
-    write(j + 2, zip_quarters<2, false>(high, high2));
-    write(j + 3, zip_quarters<2, true>(high, high2));
-  }
+  for (int m = 0; m < 4; ++m) a[m] = every_fourth_row(p + m * stride, stride);
+  const V low = zip_quarters<1, false>(a[0], a[1]), high = zip_quarters<1, true>(a[0], a[1]);
+  const V low2 = zip_quarters<1, false>(a[2], a[3]), high2 = zip_quarters<1, true>(a[2], a[3]);
+  write(0, zip_quarters<2, false>(low, low2));
+  write(1, zip_quarters<2, true>(low, low2));
+  write(2, zip_quarters<2, false>(high, high2));
+  write(3, zip_quarters<2, true>(high, high2));
 }
 #endif
 
