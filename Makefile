@@ -23,7 +23,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 FORMATTED := $(NATIVE) $(wildcard csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh tests/simt/*.cpp tests/simt/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-slow test-cuda-build test-oldest-triton lint format verify bench gpu clean distclean
+.PHONY: help setup build test test-interpreted test-slow test-cuda-build test-oldest-triton lint format verify bench gpu clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,9 +32,12 @@ setup: $(INSTALLED) ## make .venv: torch, the tools, the benchmark's model and t
 
 build: $(BUILT) ## compile the C++ CPU kernels (incremental)
 
-test: build ## the fast tests; the Triton kernels, and every op through them, interpreted in a process of their own
+test: build ## the fast tests; Triton's in a process of their own, which interprets the kernels
 	$(BIN)/pytest --ignore=tests/triton $(PYTEST_ARGS)
-	@[ -n "$(PYTEST_ARGS)" ] || TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/triton tests/ops -k triton
+	@[ -n "$(PYTEST_ARGS)" ] || TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/triton
+
+test-interpreted: build ## the whole op suite through the interpreted Triton kernels
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/ops -k triton $(PYTEST_ARGS)
 
 test-slow: build ## the slow tests
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
