@@ -12,6 +12,14 @@ using namespace lowrank;
 
 LOWRANK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+constexpr int64_t kChunkBytes = 64 * 1024;
+
+// Columns of a panel per chunk: a multiple of 64 (the dropout block and every unit), from 128 to 1024.
+LOWRANK_INLINE int64_t chunk_columns(int64_t k) {
+  int64_t columns = kChunkBytes / (4 * k) / 64 * 64;
+  return columns < 128 ? 128 : columns > 1024 ? 1024 : columns;
+}
+
 // f(tag, typed pointer) for the parameter's dtype.
 template <class F>
 LOWRANK_INLINE void with_dtype(const Factor& f, const F& body) {
