@@ -43,6 +43,7 @@ def test_fake_cuda_tensors_go_through_every_op(extension):
             "residual_add": ((y, x, A, B, 1.0, *drop, True), {}, [y, t]),
             "residual_add_": ((y, x, A, B, 1.0, *drop, True), {}, [t]),
             "residual_add_out": ((y, x, A, B, 1.0, *drop, True), {"out": made(2, 5, 40)}, [t]),
+            "residual_add_norm": ((y, x, A, B, 1.0, made(40), None, 1e-6, False), {}, [y, y]),
             "residual_add_backward": ((y, x, t, A, B, 1.0, *drop, True, True, True), {}, [x, A, B]),
             "residual_add_backward_out": ((y, x, t, A, B, 1.0, *drop), dict(dx=x, dA=A, dB=B), []),
             "shrink": ((x, A, *drop), {}, [t]),
