@@ -32,7 +32,7 @@ def dropout_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
-def _like_stream(x: Tensor, y: Tensor) -> Tensor:
+def like_stream(x: Tensor, y: Tensor) -> Tensor:
     """The autocast rule: the stream `y` decides the dtype."""
     if x.dtype is not y.dtype and x.is_floating_point() and torch.is_autocast_enabled(y.device.type):
         return x.to(y.dtype)
@@ -130,7 +130,7 @@ def residual_add(
         result: Tensor | None = backends.eager.residual_add(y, x, A, B, scale, inplace, out)  # the same, without Python
         if result is not None:
             return result
-    x = _like_stream(x, y)
+    x = like_stream(x, y)
     checks.update("residual_add", y, x, A, B)
     if dropout_p or type(scale) is not float:
         checks.scale_and_dropout("residual_add", scale, dropout_p)
@@ -343,7 +343,7 @@ def routed_projection(
 
     Sources: Lily arXiv 2407.09946, EffiLoRA arXiv 2512.00878, HydraLoRA arXiv 2404.19245.
     """
-    x = _like_stream(x, y)
+    x = like_stream(x, y)
     checks.activations("routed_projection", y, x)
     checks.down("routed_projection", A, x)
     checks.bank("routed_projection", B, y, A.shape[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends, checks
-from .functional import _like_stream
+from .functional import like_stream
 from .reference import accumulate_dtype
 
 OP = "residual_add_norm"
@@ -102,7 +102,7 @@ def residual_add_norm(
     Raises: ValueError (shapes, devices, kind), TypeError (dtypes), RuntimeError (double backward), before any memory
         is touched.
     """
-    x = _like_stream(x, y)
+    x = like_stream(x, y)
     checks.update(OP, y, x, A, B)
     checks.scale_and_dropout(OP, scale, 0.0)
     if kind not in KINDS:

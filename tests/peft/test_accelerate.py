@@ -17,7 +17,7 @@ from lowrank_fast.peft import LoR2CConfig, accelerate_adapters, restore_adapters
 from . import tiny
 from .conftest import TARGETS
 from .test_every_method import assert_close, gradients
-from .test_lily import CALLS, _flat, relative, step_of
+from .test_lily import CALLS, _flat, assert_same_step, relative, step_of
 
 
 def lora(architecture: str = "llama", dropout: float = 0.0, targets: Any = None, **fields: Any) -> Any:
@@ -72,13 +72,7 @@ def test_in_float64_every_tensor_is_pefts(kind: str) -> None:
     batch = tiny.batch("llama")
     model, theirs = ((lora(targets=CALLS) if kind == "lora" else lily()).double() for _ in range(2))
     accelerate_adapters(model, verbose=False)
-    logits, gradients, after = step_of(model, batch)
-    expected, their_gradients, their_after = step_of(theirs, batch)
-    assert relative(logits, expected) < 1e-13
-    assert relative(after, their_after) < 1e-13
-    assert gradients.keys() == their_gradients.keys()
-    for name, gradient in gradients.items():
-        assert relative(gradient, their_gradients[name]) < 1e-12, name
+    assert_same_step(model, theirs, batch)
 
 
 def loss_curve(model: Any, rate: float, flip: bool = False) -> torch.Tensor:

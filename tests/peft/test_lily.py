@@ -58,6 +58,17 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def assert_same_step(ours: Any, theirs: Any, batch: dict[str, torch.Tensor]) -> None:
+    """One step of two float64 models: logits, every gradient and the parameters after it are the same."""
+    logits, gradients, after = step_of(ours, batch)
+    expected, their_gradients, their_after = step_of(theirs, batch)
+    assert relative(logits, expected) < 1e-13
+    assert relative(after, their_after) < 1e-13
+    assert gradients.keys() == their_gradients.keys()
+    for name, gradient in gradients.items():
+        assert relative(gradient, their_gradients[name]) < 1e-12, name
+
+
 def random_configurations(count: int) -> list[Any]:
     """E 2 to 8, strides that do not divide the four layers, several targets, several ranks."""
     draw = random.Random(0)
@@ -138,13 +149,7 @@ def test_in_float64_every_tensor_is_pefts(architecture: str, targets: list[str],
     """The same mathematics, tensor by tensor: what is left in float32 is the order of its sums."""
     ours, theirs = (model.double() for model in pair(architecture, targets, **fields))
     batch = {n: t.double() if t.is_floating_point() else t for n, t in tiny.batch(architecture).items()}
-    logits, gradients, after = step_of(ours, batch)
-    expected, their_gradients, their_after = step_of(theirs, batch)
-    assert relative(logits, expected) < 1e-13
-    assert relative(after, their_after) < 1e-13
-    assert gradients.keys() == their_gradients.keys()
-    for name, gradient in gradients.items():
-        assert relative(gradient, their_gradients[name]) < 1e-12, name
+    assert_same_step(ours, theirs, batch)
 
 
 def _flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
