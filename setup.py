@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -159,10 +160,13 @@ def build_command(chosen: dict[str, tuple[Part, Extension]], report: list[str]) 
 
         def build_extension(self, ext: Extension) -> None:
             part, _ = chosen[ext.name]
+            began = time.monotonic()
             try:
                 part.prepare(ext)
                 super().build_extension(ext)
-                report.append(f"{part.title} built against torch {torch.__version__}")
+                report.append(
+                    f"{part.title} built against torch {torch.__version__} in {time.monotonic() - began:.0f} s"
+                )
             except Exception as error:
                 if part.mode() == "1":
                     raise

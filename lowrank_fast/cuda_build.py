@@ -107,8 +107,8 @@ def compile_kernels(source_root: Path, build: Path, jobs: int) -> list[Path]:
         os.replace(partial, target)
         return target
 
-    with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(compile_one, names))
+    with ThreadPoolExecutor(jobs) as pool:  # newest first: it takes longest, and would else run alone at the end
+        objects = list(pool.map(compile_one, names[::-1]))[::-1]
     tables = " ".join(f"LOWRANK_TABLE({number(name)}, sm_{name})" for name in names)
     header = f'#define LOWRANK_TABLES {tables}\n#define LOWRANK_ARCHITECTURES "{";".join(names)}"\n'
     if not (build / "architectures.h").exists() or (build / "architectures.h").read_text() != header:
