@@ -11,11 +11,15 @@ TORCH_PIP_ARGS ?=
 # auto: go on without the kernels where they do not compile; see setup.py.
 LOWRANK_FAST_BUILD ?= 1
 PYTEST_ARGS ?=
+# Test processes at a time.
+export TEST_JOBS ?= 2
 VERIFY_ARGS ?=
 BENCH_ARGS ?=
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+PYTEST_JOBS := -n $(TEST_JOBS) --dist loadgroup
+PYTEST := $(BIN)/pytest $(PYTEST_JOBS)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 BUILT := build/.built
@@ -25,6 +29,9 @@ FORMATTED := $(NATIVE) $(wildcard csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu c
 .DEFAULT_GOAL := help
 .PHONY: help setup build test test-interpreted test-slow test-cuda-build test-oldest-triton lint format verify bench gpu clean distclean
 
+# Threads that wait for others sleep: several test processes would spin away each other's processors.
+test test-interpreted test-slow test-cuda-build test-oldest-triton verify: export OMP_WAIT_POLICY ?= passive
+
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -33,14 +40,14 @@ setup: $(INSTALLED) ## make .venv: torch, the tools, the benchmark's model and t
 build: $(BUILT) ## compile the C++ CPU kernels (incremental)
 
 test: build ## the fast tests; Triton's in a process of their own, which interprets the kernels
-	$(BIN)/pytest --ignore=tests/triton $(PYTEST_ARGS)
-	@[ -n "$(PYTEST_ARGS)" ] || TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/triton
+	$(PYTEST) --ignore=tests/triton $(PYTEST_ARGS)
+	@[ -n "$(PYTEST_ARGS)" ] || TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) tests/triton
 
 test-interpreted: build ## the whole op suite through the interpreted Triton kernels
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/ops -k triton $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) tests/ops -k triton $(PYTEST_ARGS)
 
 test-slow: build ## the slow tests
-	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-cuda-build: ## both extensions built against a CUDA torch in .venv-cuda, imported, and the CPU tests run there
 	tests/cuda/second_environment.sh $(CUDA_VENV) build/cuda-tree
@@ -48,8 +55,8 @@ test-cuda-build: ## both extensions built against a CUDA torch in .venv-cuda, im
 test-oldest-triton: ## the Triton tests with the oldest Triton, which needs numpy < 2.4, in .venv-oldest-triton
 	[ -x $(OLDEST_VENV)/bin/python ] || $(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --constraint constraints-oldest-triton.txt $(TORCH_PIP_ARGS) \
-	  torch triton numpy rich pytest pytest-benchmark hypothesis
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(OLDEST_VENV)/bin/python -m pytest tests/triton tests/ops -k triton $(PYTEST_ARGS)
+	  torch triton numpy rich pytest pytest-benchmark pytest-xdist hypothesis
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(OLDEST_VENV)/bin/python -m pytest $(PYTEST_JOBS) tests/triton tests/ops -k triton $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .

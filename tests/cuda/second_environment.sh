@@ -5,7 +5,7 @@
 #
 # VENV: a virtual environment of its own, several gigabytes, made once. TREE: a copy of the sources, so that what is built
 # here is not mixed up with the other environment's extensions. The compiler is nvcc from PyPI, whatever the machine has.
-# Environment: PYTHON, PYTEST_ARGS, MAX_JOBS.
+# Environment: PYTHON, PYTEST_ARGS, MAX_JOBS, TEST_JOBS.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 venv=$(realpath -m "${1:-.venv-cuda}") tree=$(realpath -m "${2:-build/cuda-tree}") sources=$PWD
@@ -36,11 +36,12 @@ copy() {
   done | xargs -0 cp --parents --preserve -t "$tree"
 }
 
-build() {  # no nvcc but the one from PyPI
+build() {  # CUDA first and alone, so that its time is known; no nvcc but the one from PyPI
   cd "$tree"
   nvcc=$(find "$venv" -path '*/nvidia/cu*/bin/nvcc' | head -1)
-  PATH="$venv/bin:$PATH" LOWRANK_FAST_NVCC=$nvcc LOWRANK_FAST_BUILD=1 LOWRANK_FAST_BUILD_CUDA=1 \
-    "$venv/bin/python" -m pip install --quiet --no-compile --no-deps --no-build-isolation --editable .
+  export PATH="$venv/bin:$PATH" LOWRANK_FAST_NVCC=$nvcc LOWRANK_FAST_BUILD_CUDA=1
+  said "CUDA extension" env LOWRANK_FAST_BUILD=0 "$venv/bin/python" setup.py --quiet build_ext --inplace
+  LOWRANK_FAST_BUILD=1 "$venv/bin/python" -m pip install --quiet --no-compile --no-deps --no-build-isolation --editable .
 }
 
 [ "$venv/.installed" -nt pyproject.toml ] && [ "$venv/.installed" -nt constraints-cuda.txt ] || said "torch and the tools" install
@@ -50,4 +51,4 @@ cd "$tree"
 "$venv/bin/lowrank-fast" info
 "$venv/bin/python" -c 'from lowrank_fast import _cuda, _native; assert _cuda.module() and _native.module()'
 # shellcheck disable=SC2086
-said "tests" "$venv/bin/pytest" ${PYTEST_ARGS:-tests/cuda tests/ops tests/cpu tests/test_*.py}
+said "tests" "$venv/bin/pytest" -n "${TEST_JOBS:-2}" --dist loadgroup ${PYTEST_ARGS:-tests/cuda tests/ops tests/cpu tests/test_*.py}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -17,7 +19,6 @@ CUDA = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "simt"
 RUNTIME = ("fibers.cpp", "memory.cpp")
 COMPILER = os.environ.get("CXX", "g++")
-_LOCK = Lock()
 
 
 def missing_reason() -> str | None:
@@ -25,6 +26,15 @@ def missing_reason() -> str | None:
     if shutil.which(COMPILER) is None:
         return f"no C++ compiler {COMPILER!r}"
     return None
+
+
+@contextmanager
+def _one_builder() -> Iterator[None]:
+    """Processes that want the same library (`pytest -n 2`) wait for the first one to build it."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _run(command: list[str]) -> None:
@@ -48,8 +58,7 @@ def runtime_objects() -> list[Path]:
     """The harness itself, compiled once for all kernels; not instrumented."""
     digest = _digest((), *(HERE / name for name in RUNTIME), *HERE.glob("*.h"))
     targets = [CACHE / f"{name}-{digest}.o" for name in RUNTIME]
-    with _LOCK:
-        CACHE.mkdir(parents=True, exist_ok=True)
+    with _one_builder():
         for name, target in zip(RUNTIME, targets, strict=True):
             if not target.exists():
                 with tempfile.TemporaryDirectory(dir=CACHE) as folder:
@@ -66,13 +75,19 @@ def build(
     The kernels are compiled with `-fsanitize=thread` and without its library: the harness supplies the hooks, and so
     sees every load and store.
     """
-    if target is None:
-        sources = [*kernels.glob("*.cuh"), *kernels.glob("*.h"), entry, *HERE.glob("*.h"), *map(HERE.joinpath, RUNTIME)]
-        target = CACHE / f"{entry.stem}-{_digest(flags, *sources)}.so"
-        if target.exists():
-            return target
-        _forget_old(entry.stem)
     objects = runtime_objects()
+    if target is not None:
+        return _link(kernels, entry, flags, target, objects)
+    sources = [*kernels.glob("*.cuh"), *kernels.glob("*.h"), entry, *HERE.glob("*.h"), *map(HERE.joinpath, RUNTIME)]
+    target = CACHE / f"{entry.stem}-{_digest(flags, *sources)}.so"
+    with _one_builder():
+        if not target.exists():
+            _forget_old(entry.stem)
+            _link(kernels, entry, flags, target, objects)
+    return target
+
+
+def _link(kernels: Path, entry: Path, flags: tuple[str, ...], target: Path, objects: list[Path]) -> Path:
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         _compile(entry, Path(folder, "entry.o"), (f"-I{kernels}", "-O1", "-g1", "-fsanitize=thread", *flags))
         _run([COMPILER, "-shared", "-o", f"{folder}/out.so", f"{folder}/entry.o", *map(str, objects), "-ldl"])
