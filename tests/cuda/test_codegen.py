@@ -133,6 +133,27 @@ def test_the_rows_of_the_table_are_sound_and_have_the_columns_of_triton(every_ke
         assert row["bytes_in_flight"] > 0 or not row["kernel"].startswith(cuda_codegen.STREAMING)
 
 
+@needs_tools
+@pytest.mark.slow
+def test_the_tuning_comments_say_what_the_compiler_made(every_kernel):
+    """Shared memory of the plans and registers of the machine code; register counts are those of nvcc 13.0."""
+    nvcc = subprocess.run([cuda_build.find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    if "release 13.0" not in nvcc:
+        pytest.skip("the comments are about nvcc 13.0")
+    number = r"(\d+|-)"
+    line = re.compile(rf"^//   (\w+<Bf16[\d, ]+>)\s+(\d+)\s+{number}, {number}, {number}$", re.MULTILINE)
+    said = {}
+    for path in SOURCE.glob("*.cuh"):
+        for kernel, shared, *registers in line.findall(path.read_text()):
+            for arch, count in zip(("sm_80", "sm_90", "sm_100"), registers, strict=True):
+                if count != "-":
+                    said[kernel, arch] = int(shared), int(count)
+    rows = cuda_codegen.rows(every_kernel, [*codegen.configurations(), *cuda_codegen.configurations()])
+    made = {(row["kernel"], row["arch"]): (row["shared_bytes"], row["registers"]) for row in rows}
+    streaming = {key for key in made if key[0].startswith(cuda_codegen.STREAMING) and "<Bf16" in key[0]}
+    assert said == {key: made[key] for key in streaming if key[1] in ("sm_80", "sm_90", "sm_100")}
+
+
 def plan(config: str, arch: str) -> list[cuda_codegen.Launch]:
     (found,) = {c for c in [*codegen.configurations(), *cuda_codegen.configurations()] if str(c) == config}
     return cuda_codegen.launches(found, arch)
