@@ -4,7 +4,8 @@
 share the work; the newest copy also carries its PTX, which later GPUs compile themselves. `csrc/cuda/cuda_device.cpp`
 (plain C++ with torch's headers, no CUDA ones) picks a copy by compute capability at run time. The
 CUDA runtime is linked statically and its symbols stay inside the extension, so that it does not matter which CUDA
-version torch was built with.
+version torch was built with. From scratch, bindings and link included, it takes 150 s on two cores (AMD EPYC, Zen 3,
+nothing else running, nvcc 13.0, 2026-11-25); the first build of `make test-cuda-build` prints it.
 
 setup.py loads this file by its path: it imports torch only where it compiles. Environment: `LOWRANK_FAST_CUDA_ARCHS`,
 for example "80;90a" (default: all of ARCHITECTURES that the compiler knows); `LOWRANK_FAST_NVCC`, the compiler.

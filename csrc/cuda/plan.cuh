@@ -7,7 +7,7 @@
 #include "column_pass.cuh"
 #include "reduce.cuh"
 #include "residual_add.cuh"
-#include "routing.cuh"
+#include "routed_projection.cuh"
 
 namespace lowrank {
 namespace LOWRANK_ARCH {

@@ -22,7 +22,7 @@ class Mutation:
 
 
 ROW, COLUMN, CLUSTER, TILE, ROUTING = (
-    "residual_add.cuh", "column_pass.cuh", "cluster_backward.cuh", "tile.cuh", "routing.cuh",
+    "residual_add.cuh", "column_pass.cuh", "cluster_backward.cuh", "tile.cuh", "routed_projection.cuh",
 )  # fmt: skip
 
 MUTATIONS = (

@@ -1,4 +1,5 @@
-// The small kernels of routed projection; everything here is [T, E], [T, r] or of the size of the bank.
+// Routed projection beside the row and column kernels, which do all its work on [T, d]: what is [T, E], [T, r] or of
+// the size of the bank.
 //
 //   softmax_kernel          p = softmax(logits), logits = t R^T or given; sums of p over chunks of 256 rows
 //   count_kernel            tokens that each mean is over
