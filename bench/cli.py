@@ -102,9 +102,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         type=_list_of(tuple(DTYPES)),
-        default=["float32", "bfloat16"],
+        default=None,
         metavar="LIST",
-        help="of the ops and the sweep: float32,bfloat16,float16 (default: float32,bfloat16)",
+        help="of the ops and the sweep: float32,bfloat16,float16 (default: float32, and bfloat16 on a processor with "
+        "products of it)",
     )
     parser.add_argument("--threads", type=_threads, default=2, help="torch.set_num_threads (default: 2)")
     parser.add_argument(
@@ -190,7 +191,9 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    dtypes = [DTYPES[name] for name in args.dtype]
+    dtypes = [DTYPES[name] for name in args.dtype or environment.default_dtypes()]
+    if not args.dtype and torch.bfloat16 not in dtypes:
+        print("bfloat16 is left out: PyTorch has no fast product of it on this processor; --dtype names the types.")
     minutes = args.minutes or (TARGET_MINUTES if args.targets else QUICK_MINUTES if args.quick else DEFAULT_MINUTES)
     load = environment.load_average()
     if load > BUSY:

@@ -2,6 +2,8 @@
 // the step in the middle, expand_outer. Each reads its activations once; what lies between stays in the caches.
 #pragma once
 
+#include <atomic>
+
 #include "tensors.h"
 
 namespace lowrank {
@@ -51,13 +53,37 @@ void pieces(const PanelSource& source, int64_t begin, int64_t end, const F& f) {
   }
 }
 
+// Ranks [begin, end) of factors stacked along k.
+inline std::vector<Factor> stacked_ranks(const std::vector<Factor>& stack, int64_t begin, int64_t end) {
+  std::vector<Factor> part;
+  for (Factor f : stack) {
+    const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, f.k);
+    begin -= f.k, end -= f.k;
+    if (from >= to) continue;
+    f.data = static_cast<char*>(f.data) + from * f.stride_k * (f.dtype == Dtype::f32 ? 4 : 2);
+    f.k = to - from;
+    part.push_back(f);
+  }
+  return part;
+}
+
+// t of one row, without a panel; threads share the ranks. False where these factors need a panel.
+inline bool shrink_one_row(const Kernels& table, const Matrix& row, const PanelSource& P, int64_t k, float* t) {
+  constexpr int64_t kFromMemory = 16;  // multiply-adds that a parameter's way from memory costs
+  const int64_t step = k % 8 ? k : 8;
+  std::atomic<bool> done{true};
+  split(thread_count(kFromMemory * k * row.cols, k / step), k, step, [&](int64_t, int64_t begin, int64_t end) {
+    const std::vector<Factor> part = stacked_ranks(P.stack(), begin, end);
+    if (!table.shrink_row(row, part.data(), static_cast<int64_t>(part.size()), t + begin)) done = false;
+  });
+  return done;
+}
+
 // t of the rows [begin, end), for few of them: t [end - begin][pad_rank(k)].
 inline void shrink_few(const Kernels& table, const Rows& x, const PanelSource& P, int64_t k, const Dropout& drop,
                        int64_t begin, int64_t end, float* t) {
   const int64_t tk = pad_rank(k), cols = x.matrix.cols;
-  if (end - begin == 1 && !drop.on &&
-      table.shrink_row(x.from(begin), P.stack().data(), static_cast<int64_t>(P.stack().size()), t))
-    return;
+  if (end - begin == 1 && !drop.on && shrink_one_row(table, x.from(begin), P, k, t)) return;
   if (P.direct() || (tk <= kRankBlock && end - begin <= table.most_rows)) {
     pieces(P, 0, cols, [&](Panel panel, int64_t from, int64_t to) {
       blocks(begin, end, table.most_rows, [&](int64_t row, int64_t rows) {

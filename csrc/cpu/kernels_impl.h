@@ -3,7 +3,7 @@
 //                                                        accumulators, d in the lanes, of   32 registers   16 registers
 //   shrink   t[row, k]   = sum_d x[row, d] P[k, d]                    rows x ranks              4 x 4          3 x 4
 //   expand   out[row, d] = y[row, d] + sum_k z[row, k] P[k, d]        rows x halves of a unit   8 x 2          6 x 2
-//   outer    acc[k, d]  += sum_row z[row, k] x[row, d]                ranks x halves            8 x 2          4 x 2
+//   outer    acc[k, d]  += sum_row z[row, k] x[row, d]                ranks x registers         8 x 2          4 x 3
 //
 // Every kernel walks d in chunks so that the panel's chunk (`kChunkBytes`) stays in the caches while the rows
 // stream past it. One accumulator per (row, rank) runs over all of d whatever the block shape, and expand sums the
@@ -23,43 +23,57 @@ using namespace lowrank;
 
 constexpr int64_t kLightRows = kLanes == 16 ? 16 : 24, kMostRows = kLanes == 16 ? 64 : 60;  // multiples of the tiles'
 constexpr int kOuterRanks = kLanes == 16 ? 8 : 4;
+constexpr bool kOuterWide = kLanes == 8;  // three registers of float32 rows: 4 x 3 chains for 7 loads, not 4 x 2 for 6
 
 // ---------------------------------------------------------------------------------------------- outer
+
+// acc[j * ld + i * kLanes ..] (+)= the products of C ranks with the N registers of each row that load_row gives
+template <int C, int N, class Load>
+LOWRANK_INLINE void outer_tile(const Load& load_row, int64_t rows, const float* z, int64_t k, float* acc, int64_t ld,
+                               bool accumulate) {
+  V sum[C][N];
+#pragma GCC unroll 8
+  for (int j = 0; j < C; ++j)
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) sum[j][i] = accumulate ? load(acc + j * ld + i * kLanes) : V{};
+  for (int64_t row = 0; row < rows; ++row) {
+    V x[N];
+    load_row(row, x);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) LOWRANK_IN_REGISTER(x[i]);
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) {
+      const V w = broadcast(z[row * k + j]);
+#pragma GCC unroll 8
+      for (int i = 0; i < N; ++i) add_product(sum[j][i], w, x[i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < C; ++j)
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) store(acc + j * ld + i * kLanes, sum[j][i]);
+}
 
 template <class D, int C>
 LOWRANK_INLINE void outer_ranks(const typename D::T* x, int64_t stride, int64_t rows, const float* z, int64_t k,
                                 float* acc, int64_t ld, bool accumulate, int64_t columns) {
-  for (int64_t d = 0; d < columns; d += kUnit) {
-    V a[C], b[C];
-#pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) {
-      a[j] = accumulate ? load(acc + j * ld + d) : V{};
-      b[j] = accumulate ? load(acc + j * ld + d + kLanes) : V{};
-    }
-    auto rows_of = [&](auto load_unit) __attribute__((always_inline)) {
-      for (int64_t row = 0; row < rows; ++row) {
-        V xa, xb;
-        load_unit(x + row * stride + d, xa, xb);
-        LOWRANK_IN_REGISTER(xa);
-        LOWRANK_IN_REGISTER(xb);
-#pragma GCC unroll 8
-        for (int j = 0; j < C; ++j) {
-          V w = broadcast(z[row * k + j]);
-          a[j] += w * xa;
-          b[j] += w * xb;
-        }
-      }
-    };
-    if (columns - d >= kUnit)
-      rows_of(D::load2);
-    else
-      rows_of([&](const typename D::T* p, V& a2, V& b2) { load2_tail<D>(p, columns - d, a2, b2); });
-#pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) {
-      store(acc + j * ld + d, a[j]);
-      store(acc + j * ld + d + kLanes, b[j]);
-    }
-  }
+  int64_t d = 0;
+  if constexpr (kOuterWide && std::is_same_v<D, F32>)
+    for (const int64_t pairs = columns / (6 * kLanes) * 6 * kLanes; d < pairs; d += 3 * kLanes)
+      outer_tile<C, 3>(
+          [&](int64_t row, V(&v)[3]) __attribute__((always_inline)) {
+            for (int i = 0; i < 3; ++i) v[i] = load(x + row * stride + d + i * kLanes);
+          },
+          rows, z, k, acc + d, ld, accumulate);
+  for (; d + kUnit <= columns; d += kUnit)
+    outer_tile<C, 2>([&](int64_t row, V(&v)[2])
+                         __attribute__((always_inline)) { D::load2(x + row * stride + d, v[0], v[1]); },
+                     rows, z, k, acc + d, ld, accumulate);
+  if (d < columns)
+    outer_tile<C, 2>(
+        [&](int64_t row, V(&v)[2])
+            __attribute__((always_inline)) { load2_tail<D>(x + row * stride + d, columns - d, v[0], v[1]); },
+        rows, z, k, acc + d, ld, accumulate);
 }
 
 template <class D>

@@ -36,7 +36,7 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const ty
     for (int j = 0; j < C; ++j) {
       V factor = Q::template load_half<decltype(which)::value>(P + j * ld + d);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) sums[i][j] += a[i] * factor;
+      for (int i = 0; i < R; ++i) add_product(sums[i][j], a[i], factor);
     }
   };
   constexpr std::integral_constant<int, 0> first;

@@ -40,6 +40,15 @@ LOWRANK_INLINE void store(float* p, V v) { *reinterpret_cast<UnalignedV*>(p) = v
 #endif
 #define LOWRANK_OPAQUE(pointer) asm("" : "+r"(pointer))  // keeps the compiler from precomputing every row's address
 
+// sum += a * b. Of 16 registers the compiler would leave one operand in memory, and load it for every product.
+LOWRANK_INLINE void add_product(V& sum, V a, V b) {
+#if LOWRANK_LANES == 8 && defined(__GNUC__) && !defined(__clang__)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+  sum += a * b;
+#endif
+}
+
 LOWRANK_INLINE V broadcast(float s) { return s - V{}; }
 LOWRANK_INLINE V select(VI mask, V a, V b) { return (V)(((VI)a & mask) | ((VI)b & ~mask)); }
 

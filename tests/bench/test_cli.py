@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from lowrank_fast.bench import cli, plans, runner, text
+from lowrank_fast.bench import cli, environment, plans, runner, text
 from lowrank_fast.bench.records import read_jsonl
 from lowrank_fast.bench.registry import providers_for
 
@@ -60,10 +60,16 @@ def test_a_bad_option_names_itself_and_what_it_must_be(parser, option, value, co
 
 def test_defaults_are_all_suites_on_two_threads(parser):
     args = parser.parse_args([])
-    assert (args.suite, args.threads, args.dtype) == (None, 2, ["float32", "bfloat16"])
+    assert (args.suite, args.threads, args.dtype) == (None, 2, None)
     assert not args.quick
     assert not args.targets
     assert parser.parse_args(["--shapes", "64x32,1x8,64x32"]).shapes == ((64, 32), (1, 8))
+
+
+@pytest.mark.parametrize(("supported", "dtypes"), [(True, ["float32", "bfloat16"]), (False, ["float32"])])
+def test_bfloat16_is_measured_where_the_processor_multiplies_it(monkeypatch, supported, dtypes):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert environment.default_dtypes() == dtypes
 
 
 def test_a_run_writes_records_report_and_plots(parser, without_compile, tmp_path, capsys):

@@ -71,7 +71,8 @@ def _rowwise(op: str, tensors: dict[str, torch.Tensor], rows: slice) -> dict[str
     return {"out": out.detach(), "gradient": gradient}
 
 
-WIDTHS = [(70, 53, 3), (256, 384, 8), (256, 384, 16), (771, 130, 33), (2180, 4100, 32)]
+# the last one is wide enough for one row to be shared by two threads
+WIDTHS = [(70, 53, 3), (256, 384, 8), (256, 384, 16), (771, 130, 33), (2180, 4100, 32), (4160, 256, 32)]
 
 
 @pytest.mark.parametrize(("d_in", "d_out", "rank"), WIDTHS)
