@@ -26,7 +26,7 @@ def isa_in_use() -> str:
 
 
 def default_dtypes() -> list[str]:
-    """float32, and bfloat16 where oneDNN multiplies it: elsewhere the baselines take ten times as long, and say nothing."""
+    """float32, and bfloat16 where oneDNN multiplies it: elsewhere the baselines take ten times as long."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return ["float32"] if supported is not None and not supported() else ["float32", "bfloat16"]
 
