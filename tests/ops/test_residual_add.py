@@ -18,7 +18,7 @@ from ..support.strategies import residual_adds
 from ..support.targets import KERNEL_DTYPES, device_of
 
 NEEDS = [frozenset(n for n, wanted in zip("yxAB", mask, strict=True) if wanted) for mask in product((0, 1), repeat=4)]
-MIXED = [(dtype, parameter) for dtype in KERNEL_DTYPES for parameter in {dtype, torch.float32}]
+MIXED = [(dtype, parameter) for dtype in KERNEL_DTYPES for parameter in dict.fromkeys((dtype, torch.float32))]
 
 
 @given(data=st.data())
