@@ -9,11 +9,12 @@ Triton ops are called with meta tensors and their launches recorded.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -31,7 +32,7 @@ COLUMNS = (
     "kernel", "config", "arch", "registers", "spills", "shared_bytes", "ctas_per_sm", "bytes_in_flight", "load_bytes",
     "async_copies", "tensor_ops", "atomics", "dram_bytes", "model_seconds",
 )  # fmt: skip
-SHARE = 8  # kernels that a worker compiles before it starts the disassembler
+SHARE = 8  # kernels that a worker compiles for one architecture before it starts the disassembler
 HEAD = (
     "kernel", "configuration", "arch", "regs", "spill", "shared KB", "CTA/SM", "KB in flight", "load B", "async",
     "matrix", "atomic", "DRAM MB", "model µs", "",
@@ -74,6 +75,10 @@ def configurations(quick: bool = False) -> list[Config]:
     found += [_config("token", "backward", 8192, 16, on="x"), _config("batch", "backward", 8192, 128, on="x")]
     found += [_config("token", "forward", 8192, 32), _config("batch", "forward", 4096, 16)]
     found += [_config("static", "forward", 8192, 32)]
+    found += [_config("batch", "forward", 128, r) for r in (16, 64, 128)]
+    found += [_config("batch", "forward", 128, r, "float32") for r in (16, 64)]
+    found += [_config("batch", "forward", 128, 16, on="x", dropout=True), _config("static", "forward", 128, 16)]
+    found += [_config("token", "forward", 128, 16, kind) for kind in ("bfloat16", "float32")]
     found += [_config(op, "backward", 8192, 16)._replace(d=16384) for op in ("residual", "batch")]
     found += [_config("residual", way, 8192, 128) for way in both]
     found += [_config("residual", "forward", 1024, 128), _config("residual", "forward", 8192, 8)]
@@ -149,8 +154,6 @@ def _call(c: Config) -> None:
 
 def _facts(architecture: str, kernels: list[tuple[Config, int]]) -> list[dict[str, Any]]:
     """Some kernels, compiled and read; runs in a worker process."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     model = backend.kernels("model")
     recorded = [launches(config, architecture)[index] for config, index in kernels]
     found: list[dict[str, Any]] = backend.kernels("machine").inspect(recorded, architecture)
@@ -170,19 +173,49 @@ def _facts(architecture: str, kernels: list[tuple[Config, int]]) -> list[dict[st
     return found
 
 
-def _tasks(configs: list[Config], architectures: list[str]) -> Iterator[tuple[str, list[tuple[Config, int]]]]:
-    """Each distinct kernel once per architecture, as the index of a launch of the first configuration that has it; a
-    worker's share at a time."""
+def _worker() -> None:
+    """Once in each worker process. The compiler leaves no cycles of Python objects worth looking for."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    gc.disable()
+
+
+class Task(NamedTuple):
+    """A worker's share: kernels of one architecture, as places in the whole table, configurations, and the index of the
+    launch in each."""
+
+    architecture: str
+    places: list[int]
+    kernels: list[tuple[Config, int]]
+
+
+def _shares(configs: list[Config], architectures: list[str]) -> list[list[Task]]:
+    """Each distinct kernel once per architecture, as a launch of the first configuration that has it. A share holds
+    what came of a few kernels' source on NVIDIA's architectures, one after the other, or on another one."""
     signature = backend.kernels("machine").signature
+    shares: dict[tuple[bool, int], dict[str, Task]] = {}
+    sources: dict[bool, dict[tuple[str, str], int]] = {True: {}, False: {}}
+    place = 0
     for architecture in architectures:
-        seen: dict[tuple[object, ...], tuple[Config, int]] = {}
+        seen: set[tuple[object, ...]] = set()
+        nvidia = architecture.startswith("sm_")
         for config in configs:
             for index, launch in enumerate(launches(config, architecture)):
-                key = (launch.name, str(signature(launch)), launch.warps, launch.stages)
-                seen.setdefault(key, (config, index))
-        kernels = list(seen.values())
-        for first in range(0, len(kernels), SHARE):
-            yield architecture, kernels[first : first + SHARE]
+                source = (launch.name, str(signature(launch)))
+                if (source, launch.warps, launch.stages) in seen:
+                    continue
+                seen.add((source, launch.warps, launch.stages))
+                number = sources[nvidia].setdefault(source, len(sources[nvidia]))
+                share = shares.setdefault((not nvidia, number // SHARE), {})
+                task = share.setdefault(architecture, Task(architecture, [], []))
+                task.places.append(place)
+                task.kernels.append((config, index))
+                place += 1
+    return [list(shares[key].values()) for key in sorted(shares)]
+
+
+def _share_facts(share: list[Task]) -> list[dict[str, Any]]:
+    return [facts for task in share for facts in _facts(task.architecture, task.kernels)]
 
 
 def compile_all(
@@ -191,24 +224,27 @@ def compile_all(
     jobs: int,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[dict[str, Any]]:
-    """Facts of every distinct kernel, in the order of the configurations."""
-    tasks = list(_tasks(configs, architectures))
-    total = sum(len(kernels) for _, kernels in tasks)
-    found: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_facts, *task) for task in tasks]
-        for (architecture, kernels), future in zip(tasks, futures, strict=True):
+    """Facts of every distinct kernel, by architecture in the order of the configurations."""
+    shares = _shares(configs, architectures)
+    total = sum(len(task.places) for share in shares for task in share)
+    found: dict[int, dict[str, Any]] = {}
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__, "triton"])
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_worker) as pool:
+        futures = [pool.submit(_share_facts, share) for share in shares]
+        for share, future in zip(shares, futures, strict=True):
             try:
-                found += future.result()
+                facts = future.result()
             except BrokenProcessPool:  # an assertion in the compiler ends its process, and with it the pool
-                config, index = kernels[0]
+                architecture, _, ((config, index), *_) = share[0]
                 name = launches(config, architecture)[index].name
                 raise RuntimeError(
-                    f"the compiler crashed at or soon after {name}, {config}, {architecture} (kernel {len(found) + 1} "
-                    f"of {total}); --jobs 1 and --arch say at which"
+                    f"the compiler crashed at or soon after {name}, {config}, {architecture} ({len(found)} kernels of "
+                    f"{total} were done); --jobs 1 and --arch say at which"
                 ) from None
+            found.update(zip([place for task in share for place in task.places], facts, strict=True))
             progress(len(found), total)
-    return found
+    return [found[place] for place in range(total)]
 
 
 def faults(row: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ pointer), so CUDA graphs can capture them. What each op launches:
 |---|---|
 | residual add, T <= 128 or T > 2048 | 1 (F2, F1) |
 | residual add, middle T | 2: split-K shrink, expand (F3) |
+| routed projection, T <= 128 | 1 (`plan.fits_small`: not at the largest ranks in float32) |
 | routed projection | 2: shrink with router, expand with the bank mixed per program (F4, F5) |
 | backward | 3: up (or a row kernel), down, reduce; 1 when `x` alone needs a gradient |
 
@@ -32,7 +33,6 @@ from torch import Tensor
 from .reference import norm
 
 OLDEST_TRITON = (3, 6)
-SMALL, MIDDLE = 128, 2048  # T up to which one launch splits d_out, and up to which d_in is split
 
 
 def unavailable_reason() -> str | None:
@@ -177,7 +177,7 @@ def _residual_add(
         return
     drop, threshold, keep_scale = plan().dropout(p, seed)
     seed = seed if drop else None
-    if T <= SMALL or T > MIDDLE:
+    if T <= plan().table.SMALL or T > plan().table.MIDDLE:
         plan().fused(
             "residual_add", x, A, y, B, out, t, keep_scale, scale, seed, threshold, "input" if drop else "none"
         )
@@ -218,7 +218,7 @@ def residual_add_norm(
     normed = torch.empty_like(out)
     rows, stream = plan().as_rows(x), plan().as_rows(y)
     # Few rows for each program: it comes back to its rows of `out`, and finds them in L2.
-    tile = plan().pick("residual_add", arch, x, plan().padded(rank), min(T, MIDDLE))
+    tile = plan().pick("residual_add", arch, x, plan().padded(rank), min(T, plan().table.MIDDLE))
     launch.run(
         launch.Launch(
             "residual_add_norm_kernel",
@@ -403,36 +403,39 @@ def _routed_projection(
     groups = x.shape[0] if routing == "sample" else 1
     t = _hidden(x, A.shape[0])
     p = _empty(t) if static else _hidden(x, experts)
-    if static:
-        assert weights is not None
-        w = weights.to(torch.float32, copy=True)
-    else:
-        w = _empty(t) if token else t.new_empty((groups, experts) if routing == "sample" else (experts,))
+    w = t.new_empty(0 if token else (groups, experts) if routing == "sample" else (experts,))
     rows, hidden = plan().as_rows(x), t.view(-1, A.shape[0])
+    given = weights.contiguous() if static and weights is not None else None
     if rows.shape[0] == 0:
-        return t, p, w.zero_() if not static else w
+        return t, p, w.zero_() if given is None else w.copy_(given)
     drop, threshold, keep_scale = plan().dropout(dropout_p, seed)
+    seed = seed if drop else None
     means = not (static or token)
     mask = token_mask.reshape(-1).contiguous().view(torch.uint8) if means and token_mask is not None else None
-    sums, counts, blocks = plan().shrink(
-        op, rows, A, hidden, keep_scale, seed if drop else None, threshold,
-        R=R, router="none" if static else router_input, p=None if static else p, groups=groups, means=means,
-        token_mask=mask,
-    )  # fmt: skip
+    probabilities, router = (None, "none") if static else (p, router_input)
     with Target(out) as target:
+        source = plan().as_rows(y)
+        if target.numel() and plan().fits_small(rows, A, B, static=static, token=token, drop=drop):
+            plan().routed_small(
+                op, source, rows, A, B, R, given, mask, target, hidden, probabilities, None if token else w, scale,
+                keep_scale, seed, threshold, router=router, groups=groups,
+            )  # fmt: skip
+            return t, p, w
+        sums, counts, blocks = plan().shrink(
+            op, rows, A, hidden, keep_scale, seed, threshold, R=R, router=router, p=probabilities, groups=groups,
+            means=means, token_mask=mask,
+        )  # fmt: skip
         if token:
-            source = plan().as_rows(y)
             for part in plan().chunks(A.shape[0], plan().table.TOKEN_WIDEST[y.element_size()]):
                 some = hidden[:, part].contiguous()
                 plan().expand(op, source, some, B[:, :, part], target, scale, mix="token", p=p)
                 source = target
         elif static:
-            plan().expand(op, plan().as_rows(y), hidden, B, target, scale, mix="weights", w=w)
+            plan().expand(op, source, hidden, B, target, scale, mix="weights", w=given, w_out=w)
         else:
             plan().expand(
-                op, plan().as_rows(y), hidden, B, target, scale, mix="sums", sums=sums, counts=counts,
-                blocks=blocks, groups=groups,
-                w_out=w,
+                op, source, hidden, B, target, scale, mix="sums", sums=sums, counts=counts, blocks=blocks,
+                groups=groups, w_out=w,
             )  # fmt: skip
     return t, p, w
 

@@ -1,10 +1,10 @@
 """What a kernel became: ahead-of-time compilation without a driver, and what its machine code says.
 
 `compile_launch(launch, architecture)` compiles exactly what that launch would run (same constants, same knowledge of
-alignment), `inspect` reads registers, spills, shared memory, load widths, asynchronous copies, matrix instructions and
-atomics from the machine code, with the disassembler in Triton's wheel, and the streams (loads marked `evict_first`)
-from the compiler's last representation. `inspect` takes many launches, because the disassembler takes half a second to
-start.
+alignment). NVIDIA's architectures share the first step, from Python to Triton's own representation. `inspect` reads
+registers, spills, shared memory, load widths, asynchronous copies, matrix instructions and atomics from the machine
+code, with the disassembler in Triton's wheel, and the streams (loads marked `evict_first`) from the compiler's last
+representation. It takes many launches, because the disassembler takes half a second to start.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -72,13 +73,35 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
     return types, constants, attributes
 
 
+class _Source(ASTSource):
+    """A kernel's Python source, walked once for all of NVIDIA's architectures: what comes of it differs from AMD's
+    alone."""
+
+    walked: ClassVar[dict[str, str]] = {}
+
+    def make_ir(self, target: GPUTarget, options: Any, *others: Any) -> Any:
+        """The kernel as Triton's unoptimised representation, parsed where it has been seen before."""
+        context = others[-1]
+        if target.backend != "cuda":
+            return super().make_ir(target, options, *others)
+        key = self.hash()
+        if key not in self.walked:
+            module = super().make_ir(target, options, *others)
+            self.walked[key] = str(module)
+            return module
+        with tempfile.NamedTemporaryFile("w", suffix=".mlir", encoding="utf-8") as file:
+            file.write(self.walked[key])
+            file.flush()
+            module = ir.parse_mlir_module(file.name, context)
+        module.context = context
+        return module
+
+
 def compile_launch(launch: Launch, architecture: str) -> Any:
     """The compiled kernel of a launch; needs no device and no driver."""
-    types, constants, attributes = signature(launch)
+    source = _Source(launch.kernel, *signature(launch))
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    return triton.compile(
-        ASTSource(launch.kernel, types, constants, attributes), target=TARGETS[architecture], options=options
-    )
+    return triton.compile(source, target=TARGETS[architecture], options=options)
 
 
 def _tool(name: str, binary: bytes, *arguments: str) -> str:

@@ -59,6 +59,10 @@ def l2_bytes(launch: Launch) -> int:
     if launch.name == "residual_add_kernel":
         again = (blocks * launch.grid[1] - 1) * _bytes(named["A"]) + (blocks - 1) * _bytes(named["B"])
         again += (launch.grid[1] - 1) * _bytes(named["x"])
+    elif launch.name == "routed_small_kernel":
+        programs = blocks * launch.grid[1] * launch.grid[2]
+        again = (programs - 1) * sum(_bytes(named.get(name)) for name in ("A", "R"))
+        again += (launch.grid[1] - 1) * _bytes(named["x"]) + (blocks * launch.grid[2] - 1) * _bytes(named["B"])
     elif launch.name == "up_kernel":
         columns = named["up_tiles"]
         by_rows = (blocks - columns) * launch.grid[1]  # programs that own rows: they read g beside the columns' reads

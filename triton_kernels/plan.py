@@ -15,6 +15,7 @@ from ..reference import dropout_threshold
 from . import launch, table
 from .expand import expand_kernel
 from .residual_add import residual_add_kernel
+from .routed_small import routed_small_kernel
 from .shrink import shrink_kernel
 
 
@@ -194,6 +195,60 @@ def expand(
                 SB_N=B.stride(-2), SB_R=B.stride(-1), RANK=rank, RP=padded(rank), E=experts, EP=padded(experts),
                 HELD=held, HP=padded_experts(held), MIX=mix, PARTS=parts, SAVE_T=t_out is not None,
                 SAVE_W=w_out is not None, BM=tile.rows, BN=tile.cols, CHUNK=64, STAGES=tile.stages,
+            ),
+            tile.warps,
+            tile.stages,
+        )
+    )  # fmt: skip
+
+
+def fits_small(x: Tensor, A: Tensor, B: Tensor, *, static: bool, token: bool, drop: bool) -> bool:
+    """Whether `routed_small` holds a block of rows in registers, or all rows where the weights are a mean over them:
+    up to a padded rank (or experts) of 128, in float32 64 where weights are learned. With dropout in a mean, Philox
+    leaves room for less, and none in float32."""
+    size, width = x.element_size(), max(padded(A.shape[0]), padded(B.shape[0]))
+    widest = table.WIDEST if static else table.TOKEN_WIDEST[size]
+    if drop and not (static or token):
+        widest = 32 if size == 2 else 0
+    return x.shape[0] <= table.SMALL and width <= widest
+
+
+def routed_small(
+    op: str, y: Tensor, x: Tensor, A: Tensor, B: Tensor, R: Tensor | None, w_in: Tensor | None,
+    token_mask: Tensor | None, out: Tensor, t: Tensor, p: Tensor | None, w: Tensor | None, scale: float,
+    keep_scale: float, seed: Tensor | None, threshold: int,
+    *, router: str, groups: int,
+) -> None:  # fmt: skip
+    """`out = y + scale * sum_e w_e t B_e^T`, `t`, `p` and `w` in one launch, where `fits_small`. The weights: `w_in`,
+    or `p` where `w` is None, or else its mean over each group."""
+    arch = place(op, x, A, y, B, R, w_in, token_mask, out, seed)
+    (T, D), (experts, N, rank) = x.shape, B.shape
+    mix = "weights" if w_in is not None else "token" if w is None else "mean"
+    group_rows, width = T // groups, max(padded(rank), padded(experts))
+    tile = pick("residual_add", arch, x, width, T)
+    if mix == "mean" and group_rows > tile.rows:
+        tile = pick("routed_small", arch, x, width, T)
+    held = held_experts(experts, rank, table.TOKEN_WIDEST[y.element_size()]) if mix == "token" else 1
+    blocks, tiles = cdiv(group_rows, tile.rows), cdiv(N, tile.cols)
+    # Every program of a mean reads all of x: beyond half of the processors, L2 takes longer to deliver it.
+    processors = table.PROCESSORS[arch] // (2 if mix == "mean" else 1)
+    per_split = cdiv(tiles, min(max(processors // (blocks * groups), 1), tiles))
+    launch.run(
+        launch.Launch(
+            "routed_small_kernel",
+            routed_small_kernel,
+            (blocks, cdiv(tiles, per_split), groups),
+            (
+                x, A, y, B, R, token_mask, w_in, out, t, p, w, seed,
+                T, D, N, x.stride(0), y.stride(0), out.stride(0), B.stride(0), segment(D, tile)[0], per_split,
+                group_rows, float(keep_scale), float(scale), threshold,
+            ),
+            dict(
+                SA_R=A.stride(0), SA_D=A.stride(1), SR_E=0 if R is None else R.stride(0), SR_D=0 if R is None else
+                R.stride(1), SB_N=B.stride(1), SB_R=B.stride(2), RANK=rank, RP=padded(rank), E=experts,
+                EP=padded(experts), HELD=held, HP=padded_experts(held), MIX=mix, ROUTER=router,
+                HAS_MASK=token_mask is not None, DROPOUT=seed is not None,
+                BM=tile.rows, BK=tile.inner, BN=tile.cols, STAGES=tile.stages,
             ),
             tile.warps,
             tile.stages,

@@ -23,6 +23,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Streaming multiprocessors (compute units) of the part that most users have: A100, H100, B200, MI300X. What is
 # split over programs is split by these and not by the device at hand: one architecture, one result.
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+SMALL, MIDDLE = 128, 2048  # T up to which one launch splits d_out, and up to which d_in is split
 SEGMENTS = 8  # runs that `D` is summed in: the split-K count at middle T
 
 
@@ -68,6 +69,15 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (128, _ANY, Tile(32, 0, 64, 4, 5)),
         ],
         4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (64, _ANY, Tile(16, 0, 64, 4, 5)), (128, _ANY, Tile(16, 0, 32, 4, 2))],
+    },
+    # All rows of a group (at most 128) in one program, for weights that are their mean.
+    "routed_small": {
+        2: [
+            (32, _ANY, Tile(128, 128, 64, 8, 3)),
+            (64, _ANY, Tile(128, 64, 64, 8, 3)),
+            (128, _ANY, Tile(128, 64, 64, 8, 2)),
+        ],
+        4: [(32, _ANY, Tile(128, 32, 64, 8, 3)), (64, _ANY, Tile(128, 16, 32, 8, 2))],
     },
     # A bank in several steps for each block of rows, which reads it whole: tall blocks.
     "expand_wide": {2: [(_ANY, _ANY, Tile(64, 0, 128, 8, 3))], 4: [(_ANY, _ANY, Tile(64, 0, 64, 8, 2))]},

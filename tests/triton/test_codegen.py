@@ -130,10 +130,21 @@ def test_kernels_that_are_disassembled_together_have_the_facts_of_each_alone() -
     )
 
 
+def test_a_source_walked_for_another_architecture_gives_the_same_machine_code() -> None:
+    evaluated(
+        "from triton import knobs; knobs.compilation.always_compile = True; m = b.kernels('machine'); "
+        "found = codegen.launches(codegen._config('token', 'forward', 8192, 64, 'float32'), 'sm_90'); "
+        "code = lambda one: m._code(m.compile_launch(one, 'sm_90').asm['cubin']); "
+        "first = [code(one) for one in found]; walked = dict(m._Source.walked); m._Source.walked.clear(); "
+        "[m.compile_launch(one, 'sm_80') for one in found]; assert m._Source.walked.keys() == walked.keys(); "
+        "assert [code(one) for one in found] == first"
+    )
+
+
 def test_a_crash_of_the_compiler_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     config = codegen._config("residual", "forward", 128, 16)
     monkeypatch.setattr(codegen, "ProcessPoolExecutor", Crashing)
-    monkeypatch.setattr(codegen, "_tasks", lambda *_: [("sm_90", [(config, 0)])])
+    monkeypatch.setattr(codegen, "_shares", lambda *_: [[codegen.Task("sm_90", [0], [(config, 0)])]])
     with pytest.raises(RuntimeError, match="crashed at or soon after residual_add_kernel, residual forward T=128"):
         codegen.compile_all([config], ["sm_90"], 1)
 

@@ -34,14 +34,8 @@ def check(
     active: Tensor | None = None, dropout: float = 0.0, what: str = "",
 ) -> None:  # fmt: skip
     """Forward and backward of one problem against float64."""
-    static = routing == "static"
-    R, weights = (None, v["weights"]) if static else (v["R"], None)
-    seed = SEED if dropout else None
-    forward = (v["y"], v["x"], v["A"], v["B"], R, weights, token_mask, 0.7, routing, router_input, dropout, seed)
-    got, wanted = backend.routed_projection(*forward), truth("routed_projection", *forward)
-    for name, value, expected in zip(("out", "t", "p", "w"), got, wanted, strict=True):
-        close(value, expected, what=f"{what} {name}", dtype=v["x"].dtype)
-    _, t, p, w = got
+    _, t, p, w = check_forward(v, routing, router_input, token_mask=token_mask, dropout=dropout, what=what)
+    R, seed = None if routing == "static" else v["R"], SEED if dropout else None
     need_x = needs[1] or (needs[3] and router_input == "x")
     backward = (
         v["g"], v["x"] if need_x else None, t, p, w, v["A"], v["B"], R, token_mask, active, 0.7, routing, router_input,
@@ -50,6 +44,20 @@ def check(
     results: Any = backend.routed_projection_backward(*backward)
     for name, value, expected in zip(NAMES, results, truth("routed_projection_backward", *backward), strict=True):
         close(value, expected, what=f"{what} {name}", dtype=v["x"].dtype)
+
+
+def check_forward(
+    v: dict[str, Tensor], routing: str, router_input: str, *, token_mask: Tensor | None = None, dropout: float = 0.0,
+    what: str = "",
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Forward of one problem against float64; its results."""
+    R, weights = (None, v["weights"]) if routing == "static" else (v["R"], None)
+    seed = SEED if dropout else None
+    forward = (v["y"], v["x"], v["A"], v["B"], R, weights, token_mask, 0.7, routing, router_input, dropout, seed)
+    got, wanted = backend.routed_projection(*forward), truth("routed_projection", *forward)
+    for name, value, expected in zip(("out", "t", "p", "w"), got, wanted, strict=True):
+        close(value, expected, what=f"{what} {name}", dtype=v["x"].dtype)
+    return got
 
 
 def problem(arena: Arena, routing: str, router_input: str, dtype: torch.dtype, **sizes: int) -> dict[str, Tensor]:
@@ -65,6 +73,47 @@ def test_forward_and_backward(arena: Arena, routing: str, router_input: str, dty
     v = problem(arena, routing, router_input, dtype)
     static = routing == "static"
     check(v, routing, router_input, needs=[True, True, True, not static, static])
+
+
+@pytest.mark.parametrize("L", [1, 19, 64, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("routing", "router_input"), ROUTINGS)
+def test_forward_of_few_and_more_rows(
+    arena: Arena, routing: str, router_input: str, dtype: torch.dtype, L: int
+) -> None:
+    """One launch up to 128 rows, two beyond; a mask and dropout where they go."""
+    v = problem(arena, routing, router_input, dtype, L=L)
+    mask = torch.arange(2 * L).reshape(2, L) % 3 != 0
+    dropout = 0.2 if dtype is torch.float32 else 0.0
+    check_forward(v, routing, router_input, token_mask=None if routing == "static" else mask, dropout=dropout)
+
+
+@pytest.mark.parametrize(
+    ("routing", "router_input", "rank", "experts", "dtype"),
+    [
+        ("static", "t", 4, 3, torch.float32),
+        ("static", "t", 128, 2, torch.float16),
+        ("token", "t", 4, 3, torch.float32),
+        ("token", "x", 40, 5, torch.float16),
+        ("token", "t", 40, 3, torch.float32),
+        ("token", "t", 70, 2, torch.float32),
+    ],
+)
+def test_a_row_does_not_depend_on_how_many_rows_there_are(
+    routing: str, router_input: str, rank: int, experts: int, dtype: torch.dtype
+) -> None:
+    v = parameters((1, 133), 200, 70, rank, dtype) | bank(experts, 200, 70, rank, router_input, dtype)
+    R, weights = (None, v["weights"]) if routing == "static" else (v["R"], None)
+
+    def rows(first: int, last: int) -> Tensor:
+        y, x = v["y"][:, first:last], v["x"][:, first:last]
+        return backend.routed_projection(y, x, v["A"], v["B"], R, weights, None, 0.7, routing, router_input, 0.0, None)[
+            0
+        ]
+
+    whole = rows(0, 133)
+    for first, last in ((0, 1), (5, 45), (3, 131)):
+        assert torch.equal(rows(first, last), whole[:, first:last])
 
 
 @pytest.mark.parametrize(("routing", "router_input"), ROUTINGS)
@@ -120,7 +169,7 @@ def test_no_tokens(routing: str) -> None:
 @given(
     case=st.sampled_from(ROUTINGS),
     S=st.integers(1, 3),
-    L=st.sampled_from([1, 2, 17, 33]),
+    L=st.sampled_from([1, 2, 17, 65]),
     d_in=st.integers(1, 90),
     d_out=st.integers(1, 90),
     rank=st.integers(1, 20),

@@ -66,6 +66,16 @@ def test_small_forward_is_one_launch(small: int) -> None:
     assert [launch.name for launch in launches] == ["residual_add_kernel"]
 
 
+@pytest.mark.parametrize("small", [1, 64, 128])
+@pytest.mark.parametrize("routing", ["batch", "sample", "static", "token"])
+def test_small_routed_forward_is_one_launch(routing: str, small: int) -> None:
+    w, b = parameters((1, small), D, 300, RANK, torch.float16), bank(EXPERTS, D, 300, RANK, "t", torch.float16)
+    router, weights = (None, b["weights"]) if routing == "static" else (b["R"], None)
+    arguments = (w["y"], w["x"], w["A"], b["B"], router, weights, None, 0.5, routing, "t", 0.0, None)
+    launches = counted(lambda: backend.routed_projection(*arguments))
+    assert [launch.name for launch in launches] == ["routed_small_kernel"]
+
+
 def test_backward_reads_g_and_x_once_and_writes_dx_once(v: dict[str, Tensor]) -> None:
     results: list[Any] = []
     needs = (True, True, True)
