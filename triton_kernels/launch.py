@@ -75,19 +75,32 @@ def architecture(device: torch.device) -> str:
     return known
 
 
+# AMD's parts with matrix instructions for waves of 64 lanes; they share the rows of gfx942.
+INSTINCT = ("gfx90a", "gfx942", "gfx950")
+
+
 def _detect(device: torch.device) -> str:
     if device.type == "cpu":
         return "sm_90"
-    if device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            name = torch.cuda.get_device_name(device)
-            raise RuntimeError(
-                f"the Triton kernels need compute capability 8.0 (Ampere) or newer; {name} has {major}.{minor}"
-            )
-        return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
-    if device.type == "cuda":
-        return "gfx942"
     if device.type == "xpu":
         return "sm_80"
-    raise RuntimeError(f"the Triton kernels run on CUDA, ROCm and XPU tensors; got a tensor on {device}")
+    if device.type != "cuda":
+        raise RuntimeError(f"the Triton kernels run on CUDA, ROCm and XPU tensors; got a tensor on {device}")
+    if torch.version.hip is not None:
+        properties = torch.cuda.get_device_properties(device)
+        name = properties.gcnArchName.split(":")[0]
+        if name not in INSTINCT:
+            raise RuntimeError(
+                f"the Triton kernels need one of AMD's Instinct GPUs ({', '.join(INSTINCT)}); "
+                f"{properties.name} is {name}"
+            )
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        name = torch.cuda.get_device_name(device)
+        raise RuntimeError(
+            f"the Triton kernels need compute capability 8.0 (Ampere) or newer; {name} has {major}.{minor}"
+        )
+    if (major == 8 and minor > 0) or major >= 12:
+        return "sm_89"  # GeForce and workstation cards: 99 KB of shared memory for a CTA
+    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")

@@ -28,6 +28,7 @@ from .launch import Launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -36,12 +37,14 @@ TARGETS = {
 # CTAs.
 LIMITS = {
     "sm_80": (164 << 10, 65536, 2048, 32),
+    "sm_89": (100 << 10, 65536, 1536, 24),
     "sm_90": (228 << 10, 65536, 2048, 32),
     "sm_100": (228 << 10, 65536, 2048, 32),
     "gfx942": (64 << 10, 131072, 2048, 32),
 }
 LARGEST_BLOCK = {
     "sm_80": 163 << 10,
+    "sm_89": 99 << 10,
     "sm_90": 227 << 10,
     "sm_100": 227 << 10,
     "gfx942": 64 << 10,
@@ -151,7 +154,7 @@ def _code(cubin: bytes) -> bytes:
 def disassemble(cubins: Sequence[bytes], architecture: str) -> list[str]:
     """The instructions of each cubin, one a line, from one run of the disassembler over all of their code."""
     codes = [_code(cubin) for cubin in cubins]
-    suffix = "" if architecture == "sm_80" else "a"
+    suffix = "" if architecture in ("sm_80", "sm_89") else "a"
     listing = _tool("nvdisasm", b"".join(codes), "--binary", f"SM{architecture.removeprefix('sm_')}{suffix}")
     found: list[list[str]] = [[] for _ in codes]
     index, end = 0, len(codes[0])

@@ -17,8 +17,8 @@ from .launch import Launch
 from .table import PROCESSORS
 
 # Bytes per second of a device-to-device copy. H100: measured on one (driver 580, 80 GB HBM3). The others: nine
-# tenths of the data sheet (A100 80 GB 2.04, B200 8.0, MI300X 5.3 TB/s).
-BANDWIDTH = {"sm_80": 1.8e12, "sm_90": 3.0e12, "sm_100": 7.2e12, "gfx942": 4.8e12}
+# tenths of the data sheet (A100 80 GB 2.04, RTX 4090 1.01, B200 8.0, MI300X 5.3 TB/s).
+BANDWIDTH = {"sm_80": 1.8e12, "sm_89": 0.9e12, "sm_90": 3.0e12, "sm_100": 7.2e12, "gfx942": 4.8e12}
 # Passes over the activations of other implementations, residual add with d_in = d_out; the table of the design's floor.
 OTHERS = {
     "forward": {

@@ -228,6 +228,8 @@ def routed_small(
     tile = pick("residual_add", arch, x, width, T)
     if mix == "mean" and group_rows > tile.rows:
         tile = pick("routed_small", arch, x, width, T)
+        if seed is not None:  # Philox takes registers
+            tile = tile._replace(inner=64)
     held = held_experts(experts, rank, table.TOKEN_WIDEST[y.element_size()]) if mix == "token" else 1
     blocks, tiles = cdiv(group_rows, tile.rows), cdiv(N, tile.cols)
     # Every program of a mean reads all of x: beyond half of the processors, L2 takes longer to deliver it.

@@ -59,25 +59,22 @@ def routed_small_kernel(
     )  # fmt: skip
     t *= tl.cast(scale_t, tl.float32)
     inside = rows < end
-    first = split == 0  # of a block of rows: the program that writes what backward needs
-    if first:
-        tl.store(t_out + rows[:, None] * RANK + rank[None, :], t, mask=inside[:, None] & (rank < RANK)[None, :])
+    saved = rows < tl.where(split == 0, end, 0)  # by one of the programs that share these rows
+    tl.store(t_out + rows[:, None] * RANK + rank[None, :], t, mask=saved[:, None] & (rank < RANK)[None, :])
     if ROUTER == "none":
         w = tl.load(w_in + experts, mask=experts < E, other=0.0).to(tl.float32)
     else:
         if ROUTER == "t":
             logits = router_on_hidden(t, R, SR_E, SR_D, RANK, RP, E, EP, BM)
         p = softmax_experts(logits, experts, E)
-        if first:
-            tl.store(p_out + rows[:, None] * E + experts[None, :], p, mask=inside[:, None] & (experts < E)[None, :])
+        tl.store(p_out + rows[:, None] * E + experts[None, :], p, mask=saved[:, None] & (experts < E)[None, :])
         if MIX == "mean":
             keep = inside
             if HAS_MASK:
                 keep = inside & (tl.load(token_mask + rows, mask=inside, other=0) != 0)
             w = tl.sum(tl.where(keep[:, None], p, 0.0), 0) / tl.maximum(tl.sum(keep.to(tl.float32), 0), 1.0)
-    if MIX != "token":  # noqa: SIM102 (the outer one is decided at compile time)
-        if first & (block == 0):
-            tl.store(w_out + group * E + experts, w, mask=experts < E)
+    if MIX != "token":
+        tl.store(w_out + group * E + experts, w, mask=experts < tl.where(split + block == 0, E, 0))
     left = t.to(dtype)
     start = split * tiles * BN
     steps = tl.cdiv(tl.minimum(start + tiles * BN, N) - start, BN) * PASSES

@@ -16,13 +16,14 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 ENVIRONMENT = "LOWRANK_FAST_TRITON_TABLE"
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-# Streaming multiprocessors (compute units) of the part that most users have: A100, H100, B200, MI300X. What is
-# split over programs is split by these and not by the device at hand: one architecture, one result.
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+# Streaming multiprocessors (compute units) of the part that most users have: A100, RTX 4090, H100, B200, MI300X. What
+# is split over programs is split by these and not by the device at hand: one architecture, one result.
+PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 SMALL, MIDDLE = 128, 2048  # T up to which one launch splits d_out, and up to which d_in is split
 SEGMENTS = 8  # runs that `D` is summed in: the split-K count at middle T
 
@@ -194,16 +195,22 @@ def _tuned() -> dict[str, dict[str, dict[str, list[list]]]]:
 
 @functools.lru_cache(maxsize=4096)
 def _row(kernel: str, architecture: str, element_bytes: int, width: int, bucket: int) -> Tile:
-    tuned = _tuned().get(architecture, {}).get(kernel, {}).get(str(element_bytes), [])
-    special = _ARCHITECTURE_ROWS.get(architecture, {}).get(kernel, {}).get(element_bytes, [])
-    for widest, longest, tile in [*tuned, *special]:
-        if width <= widest and bucket <= longest:
-            return Tile(*tile)
-    for widest, longest, tile in _ROWS[kernel][element_bytes]:
-        if width <= widest and bucket <= longest:
-            # gfx942: waves of 64 lanes, 64 KB of shared memory
-            return tile._replace(warps=tile.warps // 2, stages=2) if architecture == "gfx942" else tile
-    raise ValueError(f"{kernel}: no launch row for width {width}, {element_bytes}-byte elements, T = {bucket}")
+    def first(rows: Iterable[tuple[int, int, Sequence[int]]]) -> Tile | None:
+        return next((Tile(*tile) for widest, longest, tile in rows if width <= widest and bucket <= longest), None)
+
+    tuned = first(_tuned().get(architecture, {}).get(kernel, {}).get(str(element_bytes), []))
+    if tuned is not None:
+        return tuned
+    family = "sm_80" if architecture == "sm_89" else architecture
+    special = first(_ARCHITECTURE_ROWS.get(family, {}).get(kernel, {}).get(element_bytes, []))
+    tile = special or first(_ROWS[kernel][element_bytes])
+    if tile is None:
+        raise ValueError(f"{kernel}: no launch row for width {width}, {element_bytes}-byte elements, T = {bucket}")
+    if architecture == "sm_89":  # 99 KB of shared memory, and 8 GB/s for each multiprocessor: one tile ahead is plenty
+        return tile._replace(stages=2)
+    if architecture == "gfx942" and special is None:  # waves of 64 lanes, 64 KB of shared memory
+        return tile._replace(warps=tile.warps // 2, stages=2)
+    return tile
 
 
 def row(kernel: str, architecture: str, element_bytes: int, width: int, T: int) -> Tile:

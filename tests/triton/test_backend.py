@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,37 @@ def test_unsupported_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     with pytest.raises(RuntimeError, match=r"need compute capability 8.0 \(Ampere\) or newer; Tesla T4 has 7.5"):
         launch._detect(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    ("capability", "row"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_89"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((12, 0), "sm_89"),
+    ],
+)
+def test_the_rows_of_nvidia_cards(capability: tuple[int, int], row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert backend.kernels("launch")._detect(torch.device("cuda", 0)) == row
+
+
+@pytest.mark.parametrize("name", ["gfx90a:sramecc+:xnack-", "gfx942:sramecc+:xnack-", "gfx950", "gfx1100", "gfx908"])
+def test_rocm_cards_are_told_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(gcnArchName=name, name="A card")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    detect = backend.kernels("launch")._detect
+    if name in ("gfx1100", "gfx908"):
+        message = rf"need one of AMD's Instinct GPUs \(gfx90a, gfx942, gfx950\); A card is {name}$"
+        with pytest.raises(RuntimeError, match=message):
+            detect(torch.device("cuda", 0))
+    else:
+        assert detect(torch.device("cuda", 0)) == "gfx942"
 
 
 def test_importing_the_kernels_touches_no_driver() -> None:

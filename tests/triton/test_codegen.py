@@ -73,6 +73,13 @@ def test_every_kernel_on_every_architecture(tmp_path: Path) -> None:
     check(tmp_path / "k.json", {"sm_80", "sm_90", "sm_100", "gfx942"})
 
 
+@pytest.mark.slow
+def test_every_kernel_fits_geforce_cards(tmp_path: Path) -> None:
+    done = run_codegen("--arch", "sm_89", "--json", str(tmp_path / "k.json"), TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    check(tmp_path / "k.json", {"sm_89"})
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_row_of_the_launch_table_is_compiled(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     table = backend.kernels("table")
