@@ -1,7 +1,7 @@
 """What one shrink for layers on a shared input saves: time above the frozen layers, and peak memory, of a step.
 
     python examples/shared_inputs.py [--adapter lora lily] [--rank 8 32] [--rows 4] [--tokens 256] [--width 768]
-                                     [--inner 2048] [--dtype float32] [--rounds 30] [--threads 2]
+                                     [--inner 2048] [--dtype float32] [--rounds 30] [--threads 2] [--clock wall|cpu]
 
 q, k and v read one tensor, gate and up another. For each of the two groups, forward and backward of the layers with
 
@@ -9,14 +9,14 @@ q, k and v read one tensor, gate and up another. For each of the two groups, for
     apart     accelerate_adapters(model, fuse_inputs=False): the same with fused operations
     together  accelerate_adapters(model): one shrink with the rows of all A's, one dx that all layers add to
 
-One process times them in turn, round after round; shown is the median over rounds of (variant - frozen layers) within a
-round, in milliseconds, and the most bytes that PyTorch's allocator had handed out at once, above those before the step.
+One process times them in turn, round after round; shown is the quickest step of a variant above the quickest of the
+frozen layers, in milliseconds, and the most bytes that PyTorch's allocator had handed out at once, above those before
+the step. On a busy machine use `--threads 1 --clock cpu`, which does not count the time of other processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -72,23 +72,26 @@ def step_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return step
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
 def report(adapter: str, rank: int, outputs: dict[str, int], arguments: argparse.Namespace) -> None:
     """Time and memory of the variants for one group, one line each."""
-    dtype = getattr(torch, arguments.dtype)
+    dtype, clock = getattr(torch, arguments.dtype), CLOCKS[arguments.clock]
     x = torch.randn(arguments.rows, arguments.tokens, arguments.width, dtype=dtype).requires_grad_()
     steps = {v: step_of(build(v, adapter, rank, arguments.width, outputs, dtype), x) for v in VARIANTS}
     seconds: dict[str, list[float]] = {v: [] for v in VARIANTS}
     for _ in range(arguments.rounds):
         for variant, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
-            seconds[variant].append(time.perf_counter() - start)
+            seconds[variant].append(clock() - start)
     print(f"\n{', '.join(outputs)}: {adapter} r={rank}, {arguments.dtype}", end="; ")
-    print(f"frozen layers {1e3 * statistics.median(seconds['frozen']):.1f} ms")
+    frozen = min(seconds["frozen"])
+    print(f"frozen layers {1e3 * frozen:.1f} ms")
     for variant in VARIANTS[1:]:
-        above = [a - b for a, b in zip(seconds[variant], seconds["frozen"], strict=True)]
-        peak = peak_bytes(steps[variant]) / 2**20
-        print(f"    {variant:9} {1e3 * statistics.median(above):7.2f} ms above   {peak:7.2f} MiB at most")
+        above, peak = min(seconds[variant]) - frozen, peak_bytes(steps[variant]) / 2**20
+        print(f"    {variant:9} {1e3 * above:7.2f} ms above   {peak:7.2f} MiB at most")
 
 
 def main() -> None:
@@ -98,6 +101,7 @@ def main() -> None:
     for name, value in (("rows", 4), ("tokens", 256), ("width", 768), ("inner", 2048), ("rounds", 30), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")

@@ -58,6 +58,19 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+KINDS = ("_A.", "_B.", "_router.")
+
+
+def assert_gradients_agree(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """All A's as one vector, all banks (or B's) and all routers: each to 1e-6 relative."""
+    assert found.keys() == expected.keys()
+    for kind in KINDS:
+        names = [name for name in expected if kind in name]
+        if names:
+            a, b = (torch.cat([gradients[name].flatten() for name in names]) for gradients in (found, expected))
+            assert relative(a, b) < 1e-6, kind
+
+
 def assert_same_step(ours: Any, theirs: Any, batch: dict[str, torch.Tensor]) -> None:
     """One step of two float64 models: logits, every gradient and the parameters after it are the same."""
     logits, gradients, after = step_of(ours, batch)
@@ -93,7 +106,7 @@ def random_configurations(count: int) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize(("architecture", "targets", "fields"), random_configurations(9))
+@pytest.mark.parametrize(("architecture", "targets", "fields"), random_configurations(18))
 def test_batch_routing_equals_pefts_lily_in_forward_gradients_and_an_adamw_step(
     architecture: str, targets: list[str], fields: dict[str, Any]
 ) -> None:
@@ -102,8 +115,7 @@ def test_batch_routing_equals_pefts_lily_in_forward_gradients_and_an_adamw_step(
     logits, gradients, after = step_of(ours, batch)
     expected, their_gradients, their_after = step_of(theirs, batch)
     assert relative(logits, expected) < 1e-6
-    assert gradients.keys() == their_gradients.keys()
-    assert relative(_flat(gradients), _flat(their_gradients)) < 1e-6
+    assert_gradients_agree(gradients, their_gradients)
     assert relative(after, their_after) < 1e-6
 
 
@@ -135,6 +147,7 @@ def test_every_tensors_gradient_is_as_close_to_float64_as_pefts_and_every_bank_t
             assert apart < 1e-6 or "lily_B" not in name, (name, apart)
             ours_missed += apart > 1e-6
             pefts_missed += max(relative(run[name], expected[0][name]) for run in expected) > 1e-6
+    print(f"further than 1e-6: {ours_missed} of {len(ratios)} from PEFT's, {pefts_missed} of PEFT's from its own")
     assert torch.tensor(ratios).log().mean().exp() < 1.05
     assert ours_missed <= pefts_missed
     assert pefts_missed, "PEFT's own gradients all meet 1e-6: hold ours to that alone"
@@ -150,10 +163,6 @@ def test_in_float64_every_tensor_is_pefts(architecture: str, targets: list[str],
     ours, theirs = (model.double() for model in pair(architecture, targets, **fields))
     batch = {n: t.double() if t.is_floating_point() else t for n, t in tiny.batch(architecture).items()}
     assert_same_step(ours, theirs, batch)
-
-
-def _flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([t.flatten() for t in tensors.values()])
 
 
 class Linears(nn.Module):
