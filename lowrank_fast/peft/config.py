@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,12 +24,17 @@ def _one_of(owner: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None
         raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
+def _finite(owner: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{owner}: {name} must be a finite number; got {value!r}")
+
+
 @dataclass
 class FastConfig(PeftConfig):
     """What the three have in common; not for use by itself.
 
-    Raises ValueError for `r` below 1, dropout outside [0, 1), and where a local checkpoint holds no safetensors file:
-    pickled ones are not read.
+    Raises ValueError for `r` below 1, dropout outside [0, 1), factors that are no finite numbers, and where a local
+    checkpoint holds no safetensors file: pickled ones are not read.
     """
 
     r: int = _help("Rank of the update.", 8)
@@ -49,6 +55,9 @@ class FastConfig(PeftConfig):
         name = type(self).__name__
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"{name}: r must be an integer >= 1; got {self.r!r}")
+        for factor in ("lora_alpha", "scaling", "lora_dropout"):
+            if hasattr(self, factor):
+                _finite(name, factor, getattr(self, factor))
         dropout = getattr(self, "lora_dropout", 0.0)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"{name}: lora_dropout must be in [0, 1); got {dropout}")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -103,18 +104,22 @@ class FastTuner(BaseTuner):
             raise
 
     def _check_config(self, config: Any, model: nn.Module) -> None:
-        """Refuse target names that match nothing, before anything is made."""
+        """Refuse target names, or a regex, that match nothing, before anything is made."""
         targets = config.target_modules
-        if not isinstance(targets, (set, list)) or getattr(config, "layers_to_transform", None) is not None:
+        if targets is None or targets == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             return
         names = [name for name, _ in model.named_modules() if name]
         leaves = [name.rpartition(".")[2] for name in names]
-        for target in sorted(targets):
-            if not any(name == target or name.endswith("." + target) for name in names):
-                raise ValueError(
-                    f"target_modules: {target!r} matches no module of {type(model).__name__}"
-                    f"{near_names(target, names if '.' in target else leaves)}"
-                )
+        regex = isinstance(targets, str)
+        for target in [targets] if regex else sorted(targets):
+            if any(re.fullmatch(target, name) if regex else f".{name}".endswith(f".{target}") for name in names):
+                continue
+            words = re.findall(r"\w+", target)
+            wanted = words[-1] if regex and words else target
+            raise ValueError(
+                f"target_modules: {'the regex ' if regex else ''}{target!r} matches no module of {type(model).__name__}"
+                f"{near_names(wanted, names if '.' in wanted else leaves)}"
+            )
 
     def _after_injection(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         """For subclasses: what needs all layers to be there."""

@@ -41,6 +41,11 @@ def test_unknown_targets_list_the_near_names(config: Any) -> None:
     before = fingerprint(model)
     with pytest.raises(ValueError, match=r"'q_porj' matches no module of LlamaForCausalLM; did you mean 'q_proj'"):
         get_peft_model(model, config(target_modules=["q_porj", "v_proj"]))
+    with pytest.raises(ValueError, match=r"'v_prj' matches no module of LlamaForCausalLM; did you mean 'v_proj'"):
+        get_peft_model(model, config(target_modules=["q_proj", "v_prj"], layers_to_transform=[0, 1]))
+    for regex in ("q_porj", r".*\.self_attn\.q_porj"):
+        with pytest.raises(ValueError, match=r"the regex '.*q_porj' matches no module .*; did you mean 'q_proj'"):
+            get_peft_model(model, config(target_modules=regex))
     assert_unchanged(model, before)
 
 
@@ -92,6 +97,8 @@ def test_layer_lists_that_cannot_be_found_or_used() -> None:
         (lambda: EffiLoRAConfig(keep_ratio=1.5), r"keep_ratio must be in \(0, 1\]; got 1.5"),
         (lambda: EffiLoRAConfig(importance="luck"), r"importance must be one of 'suppression', 'gradient'; got 'luck'"),
         (lambda: LoR2CConfig(lora_dropout=1.0), r"lora_dropout must be in \[0, 1\); got 1.0"),
+        (lambda: LoR2CConfig(lora_alpha="16"), r"lora_alpha must be a finite number; got '16'"),
+        (lambda: LilyConfig(scaling=float("nan")), r"scaling must be a finite number; got nan"),
         (lambda: LoR2CConfig(target_modules="q.*"), r"target_modules must be a list"),
     ],
 )
