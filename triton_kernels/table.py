@@ -151,6 +151,11 @@ _ARCHITECTURE_ROWS: dict[str, dict[str, dict[int, list[tuple[int, int, Tile]]]]]
             4: [(32, _ANY, Tile(64, 32, 64, 4, 3)), (128, _ANY, Tile(32, 32, 32, 8, 2))],
         },
     },
+    "sm_89": {
+        "up_rows": {4: [(32, _ANY, Tile(16, 64, 64, 8, 2))]},
+        "down": {2: [(16, _ANY, Tile(32, 0, 256, 8, 2))]},
+        "reduce": {2: [(16, _ANY, Tile(0, 0, 64, 4, 2))]},
+    },
     "sm_100": {
         "residual_add": {
             2: [
@@ -201,8 +206,10 @@ def _row(kernel: str, architecture: str, element_bytes: int, width: int, bucket:
     tuned = first(_tuned().get(architecture, {}).get(kernel, {}).get(str(element_bytes), []))
     if tuned is not None:
         return tuned
-    family = "sm_80" if architecture == "sm_89" else architecture
-    special = first(_ARCHITECTURE_ROWS.get(family, {}).get(kernel, {}).get(element_bytes, []))
+    families = (architecture, "sm_80") if architecture == "sm_89" else (architecture,)
+    special = first(
+        one for name in families for one in _ARCHITECTURE_ROWS.get(name, {}).get(kernel, {}).get(element_bytes, [])
+    )
     tile = special or first(_ROWS[kernel][element_bytes])
     if tile is None:
         raise ValueError(f"{kernel}: no launch row for width {width}, {element_bytes}-byte elements, T = {bucket}")
