@@ -18,7 +18,7 @@ BENCH_ARGS ?=
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-PYTEST_JOBS := -n $(TEST_JOBS) --dist loadgroup
+PYTEST_JOBS := -n $(TEST_JOBS)
 PYTEST := $(BIN)/pytest $(PYTEST_JOBS)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 INSTALLED := $(VENV)/.installed

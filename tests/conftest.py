@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import hypothesis
 import pytest
@@ -28,6 +29,23 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
 hypothesis.settings.load_profile("lowrank_fast")
+
+
+# With `pytest -n 2` (pytest-xdist) tests go to the processes one by one, but these files as a whole: their tests share a
+# fixture that takes a minute.
+TOGETHER = ("tests/cuda/test_codegen.py", "tests/peft/test_distributed.py", "tests/simt/test_binding.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return file if file in TOGETHER else nodeid
+
+    return Together(config, log)
 
 
 # Module scope: hypothesis refuses fixtures that look as if they were set up afresh for each example.

@@ -51,4 +51,4 @@ cd "$tree"
 "$venv/bin/lowrank-fast" info
 "$venv/bin/python" -c 'from lowrank_fast import _cuda, _native; assert _cuda.module() and _native.module()'
 # shellcheck disable=SC2086
-said "tests" "$venv/bin/pytest" -n "${TEST_JOBS:-2}" --dist loadgroup ${PYTEST_ARGS:---ignore=tests/triton}
+said "tests" "$venv/bin/pytest" -n "${TEST_JOBS:-2}" ${PYTEST_ARGS:---ignore=tests/triton}

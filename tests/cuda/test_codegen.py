@@ -17,7 +17,6 @@ from lowrank_fast import codegen, cuda_build, cuda_codegen
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCE = ROOT / "csrc" / "cuda"
-pytestmark = pytest.mark.xdist_group("cuda codegen")
 
 needs_tools = pytest.mark.skipif(
     cuda_codegen.unavailable_reason() is not None, reason=str(cuda_codegen.unavailable_reason())

@@ -19,7 +19,7 @@ from . import tiny
 from .conftest import METHODS
 from .test_every_method import wrapped
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.slow
 
 
 def batch_of(rank: int, step: int = 0) -> dict[str, torch.Tensor]:

@@ -14,8 +14,7 @@ from lowrank_fast import fallback
 from ..support.problems import Halves, ResidualAdd, Routed
 from . import build
 
-# Compiling torch's headers takes most of a minute: in one process, while the others go on.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("simt binding")]
+pytestmark = pytest.mark.slow  # compiling torch's headers takes most of a minute
 BF16 = torch.bfloat16
 ops = torch.ops.lowrank_fast
 
