@@ -31,8 +31,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("lowrank_fast")
 
 
-# With `pytest -n 2` (pytest-xdist) tests go to the processes one by one, but these files as a whole: their tests share a
-# fixture that takes a minute.
+# With `pytest -n 2` (pytest-xdist) tests go to the processes one by one, but these files as a whole: their tests
+# share a fixture that takes a minute.
 TOGETHER = ("tests/cuda/test_codegen.py", "tests/peft/test_distributed.py", "tests/simt/test_binding.py")
 
 
