@@ -8,7 +8,7 @@ pointer), so CUDA graphs can capture them. What each op launches:
 |---|---|
 | residual add, T <= 128 or T > 2048 | 1 (F2, F1) |
 | residual add, middle T | 2: split-K shrink, expand (F3) |
-| routed projection, T <= 128 | 1 (`plan.fits_small`: not at the largest ranks in float32) |
+| routed projection, T <= 128 | 1, where `plan.fits_small` |
 | routed projection | 2: shrink with router, expand with the bank mixed per program (F4, F5) |
 | backward | 3: up (or a row kernel), down, reduce; 1 when `x` alone needs a gradient |
 

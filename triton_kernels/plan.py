@@ -203,9 +203,9 @@ def expand(
 
 
 def fits_small(x: Tensor, A: Tensor, B: Tensor, *, static: bool, token: bool, drop: bool) -> bool:
-    """Whether `routed_small` holds a block of rows in registers, or all rows where the weights are a mean over them:
-    up to a padded rank (or experts) of 128, in float32 64 where weights are learned. With dropout in a mean, Philox
-    leaves room for less, and none in float32."""
+    """Whether `routed_small` holds a block of the rows of `x [T, d_in]` in registers, or all of them where the weights
+    are a mean over them: up to a padded rank of `A [r, d_in]` (or experts of `B [E, d_out, r]`) of 128, in float32 64
+    where weights are learned. With dropout in a mean, Philox leaves room for less, and none in float32."""
     size, width = x.element_size(), max(padded(A.shape[0]), padded(B.shape[0]))
     widest = table.WIDEST if static else table.TOKEN_WIDEST[size]
     if drop and not (static or token):
@@ -219,8 +219,9 @@ def routed_small(
     keep_scale: float, seed: Tensor | None, threshold: int,
     *, router: str, groups: int,
 ) -> None:  # fmt: skip
-    """`out = y + scale * sum_e w_e t B_e^T`, `t`, `p` and `w` in one launch, where `fits_small`. The weights: `w_in`,
-    or `p` where `w` is None, or else its mean over each group."""
+    """`out = y + scale * sum_e w_e t B_e^T`, `t`, `p` and `w` in one launch, where `fits_small`; `y`, `out`
+    `[T, d_out]`, `x` `[T, d_in]`, `B` `[E, d_out, r]`, `t` `[T, r]`, `p` `[T, E]`, `w` `[groups, E]`. The weights:
+    `w_in [E]`, or `p` where `w` is None, or else its mean over each group."""
     arch = place(op, x, A, y, B, R, w_in, token_mask, out, seed)
     (T, D), (experts, N, rank) = x.shape, B.shape
     mix = "weights" if w_in is not None else "token" if w is None else "mean"

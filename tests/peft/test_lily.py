@@ -64,6 +64,7 @@ KINDS = ("_A.", "_B.", "_router.")
 def assert_gradients_agree(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """All A's as one vector, all banks (or B's) and all routers: each to 1e-6 relative."""
     assert found.keys() == expected.keys()
+    assert all(any(kind in name for kind in KINDS) for name in expected), "a gradient that is of no kind"
     for kind in KINDS:
         names = [name for name in expected if kind in name]
         if names:
