@@ -33,9 +33,9 @@ COLUMNS = (
     "kernel", "config", "arch", "registers", "spills", "shared_bytes", "ctas_per_sm", "bytes_in_flight", "load_bytes",
     "async_copies", "tensor_ops", "atomics", "dram_bytes", "model_seconds",
 )  # fmt: skip
-# Kernels that a worker compiles for one architecture before it starts the disassembler; one at a time for AMD, whose
-# assembly is text, and last: they even out when the workers end.
-SHARE = {True: 16, False: 1}
+# Kernels that a worker compiles for one of NVIDIA's architectures before it starts the disassembler. AMD's, whose
+# assembly is text, come one at a time, and last: they even out when the workers end.
+NVIDIA_SHARE = 16
 HEAD = (
     "kernel", "configuration", "arch", "regs", "spill", "shared KB", "CTA/SM", "KB in flight", "load B", "async",
     "matrix", "atomic", "DRAM MB", "model µs", "",
@@ -209,7 +209,7 @@ def _shares(configs: list[Config], architectures: list[str]) -> list[list[Task]]
                     continue
                 seen.add((source, launch.warps, launch.stages))
                 number = sources[nvidia].setdefault(source, len(sources[nvidia]))
-                share = shares.setdefault((not nvidia, number // SHARE[nvidia]), {})
+                share = shares.setdefault((not nvidia, number // NVIDIA_SHARE if nvidia else number), {})
                 task = share.setdefault(architecture, Task(architecture, [], []))
                 task.places.append(place)
                 task.kernels.append((config, index))
