@@ -23,74 +23,81 @@ LOWRANK_INLINE void prefetch_rows(const T* p, int64_t stride) {
   }
 }
 
-// kLong: more than kChain ranks (the experts of token routing), added up kChain at a time: one sum over all of them
-// would have twice the error of the experts' own sums.
-template <class D, int R, bool kLong>
-LOWRANK_INLINE void expand_rows(const typename D::T* y, int64_t y_stride, typename D::T* out, int64_t out_stride,
-                                const float* z, const float* P, int64_t ld, int64_t k, int64_t columns) {
-  auto step = [&](int64_t d, auto load_unit, auto store_unit) __attribute__((always_inline)) {
-    V a[R], b[R];
+// One unit of columns, or the first `columns` of one, for R rows. kLong: more than kChain ranks (the experts of token
+// routing), added up kChain at a time: one sum over all of them would have twice the error of the experts' own sums.
+// A function of its own: inlined into the loop over units, the sums would not stay in registers.
+template <class D, int R, bool kLong, bool kWhole>
+__attribute__((noinline)) static void expand_tile(const typename D::T* y, int64_t y_stride, typename D::T* out,
+                                                  int64_t out_stride, const float* z, Ranks<float> P, int64_t k,
+                                                  int64_t columns) {
+  V a[R], b[R], earlier_a[R], earlier_b[R];
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) a[i] = b[i] = V{};
-    if constexpr (R == kExpandRows) {
-      if (y && y != out) prefetch_rows<R>(y + R * y_stride + d, y_stride);
-      prefetch_rows<R>(out + R * out_stride + d, out_stride);
-    }
-    V earlier_a[R], earlier_b[R];
+  for (int i = 0; i < R; ++i) a[i] = b[i] = earlier_a[i] = earlier_b[i] = V{};
+  for (int64_t rank = 0; rank < k; rank += 4, P.at += P.group) {
     if constexpr (kLong)
-      for (int i = 0; i < R; ++i) earlier_a[i] = earlier_b[i] = V{};
-    const float* p = P + d;
-    for (int64_t rank = 0; rank < k; ++rank, p += ld) {
-      if constexpr (kLong)
-        if (rank % kChain == 0)
-          for (int i = 0; i < R; ++i) {
-            earlier_a[i] += a[i];
-            earlier_b[i] += b[i];
-            a[i] = b[i] = V{};
-          }
-      V pa = load(p), pb = load(p + kLanes);
+      if (rank % kChain == 0)
+        for (int i = 0; i < R; ++i) {
+          earlier_a[i] += a[i];
+          earlier_b[i] += b[i];
+          a[i] = b[i] = V{};
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j, z += R) {
+      V pa = load(P.at + j * P.step), pb = load(P.at + j * P.step + kLanes);
       LOWRANK_IN_REGISTER(pa);
       LOWRANK_IN_REGISTER(pb);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
-        V w = broadcast(z[rank * R + i]);
-        a[i] += w * pa;
-        b[i] += w * pb;
+        const V weight = broadcast(z[i]);
+        add_product(a[i], weight, pa);
+        add_product(b[i], weight, pb);
       }
     }
-    if constexpr (kLong)
-      for (int i = 0; i < R; ++i) {
-        a[i] += earlier_a[i];
-        b[i] += earlier_b[i];
-      }
-    // All of y is read before anything is written: where the rows of y and out lie whole pages apart, a load behind a
-    // store to the same place in another page waits for it.
-    const typename D::T* from = y + d;  // walked, not indexed: sixteen row pointers would push vectors out of registers
-    typename D::T* to = out + d;
-    if (y) {
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) {
-        V ya, yb;
-        load_unit(from, ya, yb);
-        a[i] = ya + a[i];
-        b[i] = yb + b[i];
-        from += y_stride;
-        LOWRANK_OPAQUE(from);
-      }
+  }
+  if constexpr (kLong)
+    for (int i = 0; i < R; ++i) {
+      a[i] += earlier_a[i];
+      b[i] += earlier_b[i];
     }
+  // All of y is read before anything is written: where the rows of y and out lie whole pages apart, a load behind a
+  // store to the same place in another page waits for it. Rows are walked, not indexed: sixteen pointers would push
+  // vectors out of registers.
+  if (y) {
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      store_unit(to, a[i], b[i]);
-      to += out_stride;
-      LOWRANK_OPAQUE(to);
+      V ya, yb;
+      kWhole ? D::load2(y, ya, yb) : load2_tail<D>(y, columns, ya, yb);
+      a[i] = ya + a[i];
+      b[i] = yb + b[i];
+      y += y_stride;
+      LOWRANK_OPAQUE(y);
     }
-  };
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    kWhole ? D::store2(out, a[i], b[i]) : store2_tail<D>(out, columns, a[i], b[i]);
+    out += out_stride;
+    LOWRANK_OPAQUE(out);
+  }
+}
+
+template <class D, int R, bool kLong>
+LOWRANK_INLINE void expand_rows(const typename D::T* y, int64_t y_stride, typename D::T* out, int64_t out_stride,
+                                const float* z, const Panel& P, int64_t k, int64_t columns) {
+  constexpr int64_t ahead = 256 / sizeof(typename D::T);
+  Ranks<float> unit = ranks_at(P, 0, 0);
+  auto at = [&](int64_t d) { return y ? y + d : nullptr; };
   int64_t d = 0;
-  for (; d + kUnit <= columns; d += kUnit) step(d, D::load2, D::store2);
-  if (d < columns)
-    step(
-        d, [&](const typename D::T* p, V& ya, V& yb) { load2_tail<D>(p, columns - d, ya, yb); },
-        [&](typename D::T* p, V va, V vb) { store2_tail<D>(p, columns - d, va, vb); });
+  for (; d + kUnit <= columns; d += kUnit, unit.at += P.unit) {
+    if constexpr (R == kExpandRows) {  // the columns that come next, at the end the next rows' first
+      const bool wraps = d + ahead >= columns;
+      const int64_t column = wraps ? d + ahead - columns : d + ahead;
+      if (y && y != out) prefetch_rows<R>(y + (wraps ? R * y_stride : 0) + column, y_stride);
+      prefetch_rows<R>(out + (wraps ? R * out_stride : 0) + column, out_stride);
+    }
+    expand_tile<D, R, kLong, true>(at(d), y_stride, out + d, out_stride, z, unit, k, kUnit);
+  }
+  if (d < columns) expand_tile<D, R, kLong, false>(at(d), y_stride, out + d, out_stride, z, unit, k, columns - d);
 }
 
 // z [rows][k] -> groups of kExpandRows, then 2, then 1 rows, each [k][rows of the group]: one pointer reads a group.
@@ -106,34 +113,34 @@ static void group_rows(const float* z, int64_t rows, int64_t k, float* grouped) 
 
 template <class D, bool kLong>
 static void expand_groups(const typename D::T* y, int64_t y_stride, typename D::T* out, int64_t out_stride,
-                          int64_t rows, const float* grouped, const float* P, int64_t ld, int64_t k, int64_t columns) {
+                          int64_t rows, const float* grouped, const Panel& P, int64_t k, int64_t columns) {
   int64_t row = 0;
   auto at = [&](int64_t r) { return y ? y + r * y_stride : nullptr; };
   for (; row + kExpandRows <= rows; row += kExpandRows)
-    expand_rows<D, kExpandRows, kLong>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, ld,
-                                       k, columns);
+    expand_rows<D, kExpandRows, kLong>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, k,
+                                       columns);
   for (; row + 2 <= rows; row += 2)
-    expand_rows<D, 2, kLong>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, ld, k,
+    expand_rows<D, 2, kLong>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, k,
                              columns);
   for (; row < rows; ++row)
-    expand_rows<D, 1, kLong>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, ld, k,
+    expand_rows<D, 1, kLong>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, k,
                              columns);
 }
 
 template <class D>
 static void expand_chunk(const typename D::T* y, int64_t y_stride, typename D::T* out, int64_t out_stride, int64_t rows,
-                         const float* grouped, const float* P, int64_t ld, int64_t k, int64_t columns) {
+                         const float* grouped, const Panel& P, int64_t k, int64_t columns) {
   const auto run = k > kChain ? expand_groups<D, true> : expand_groups<D, false>;
-  run(y, y_stride, out, out_stride, rows, grouped, P, ld, k, columns);
+  run(y, y_stride, out, out_stride, rows, grouped, P, k, columns);
 }
 
 // out = (z P) * multipliers: the gradient through dropout
 template <class D>
-static void expand_dropped(const Matrix& out, int64_t rows, const float* z, const float* P, int64_t ld, int64_t k,
-                           int64_t begin, int64_t columns, const Dropout& drop, int64_t first_row) {
+static void expand_dropped(const Matrix& out, int64_t rows, const float* z, const Panel& P, int64_t k, int64_t begin,
+                           int64_t columns, const Dropout& drop, int64_t first_row) {
   Scratch& s = scratch();
   const int64_t width = round_up(columns, kUnit);
-  expand_chunk<F32>(nullptr, 0, s.rows, width, rows, z, P, ld, k, width);
+  expand_chunk<F32>(nullptr, 0, s.rows, width, rows, z, P, k, width);
   for (int64_t row = 0; row < rows; ++row) {
     dropout_row(drop, first_row + row, begin, columns, s.multipliers);
     typename D::T* o = row_of<D>(out, row, begin);
@@ -150,15 +157,17 @@ template <class D>
 static void expand(const Matrix* y, const Matrix& out, int64_t rows, const float* z, Panel P, int64_t k, int64_t begin,
                    int64_t end, const Dropout& drop, int64_t first_row) {
   float* grouped = grouped_scratch(rows * k);
-  const int64_t chunk = chunk_columns(k);
+  const bool packed = P.step == kUnit;  // walked from end to end, whatever the columns of a chunk
+  const int64_t chunk = packed && 4 * k * kMaxChunk <= 2 * kChunkBytes ? kMaxChunk : chunk_columns(k);
   group_rows(z, rows, k, grouped);
   for (; begin < end; begin += chunk) {
     const int64_t columns = end - begin < chunk ? end - begin : chunk;
+    const Panel part{panel_at(P, 0, begin), P.step, P.group, P.unit};
     if (drop.on)
-      expand_dropped<D>(out, rows, grouped, P.data + begin, P.ld, k, begin, columns, drop, first_row);
+      expand_dropped<D>(out, rows, grouped, part, k, begin, columns, drop, first_row);
     else
       expand_chunk<D>(y ? row_of<D>(*y, 0, begin) : nullptr, y ? y->stride : 0, row_of<D>(out, 0, begin), out.stride,
-                      rows, grouped, P.data + begin, P.ld, k, columns);
+                      rows, grouped, part, k, columns);
   }
 }
 

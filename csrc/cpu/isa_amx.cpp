@@ -69,7 +69,7 @@ static void pack_pairs_of(const Factor& f, int64_t begin, int64_t end, float* wo
       for (int64_t d = begin; d < end; d += kUnit) {
         alignas(64) float tile[kLanes * kUnit];  // rank by rank, even columns before odd ones
         V w[kLanes];
-        pack_unit<BF16, decltype(dtype)>(data, f, rank, d, kLanes, tile, kUnit);
+        pack_unit<BF16, decltype(dtype)>(data, f, rank, d, kLanes, [&](int64_t j) { return tile + j * kUnit; });
         for (int i = 0; i < kLanes; ++i) w[i] = (V)pair_words(load(tile + i * kUnit), load(tile + i * kUnit + kLanes));
         transpose(w);
         float* to = words + (d - begin) / 2 * ld + offset + rank;
@@ -89,16 +89,16 @@ static Panel pack_pairs(const Factor* stack, int64_t count, int64_t begin, int64
   }
   if (written < ld)
     for (int64_t i = 0; i < lines; ++i) std::memset(memory + i * ld + written, 0, (ld - written) * sizeof(float));
-  return {memory - begin / 2 * ld, ld};
+  return rows_of_ranks(memory - begin / 2 * ld, ld, kUnit);
 }
 
 static Panel pack_twice(const Factor* stack, int64_t count, int64_t begin, int64_t end, float* memory) {
-  const Panel panel = pack<F32>(stack, count, begin, end, memory);
+  const Panel panel = pack<F32, Layout::rows>(stack, count, begin, end, memory);
   int64_t k = 0;
   for (int64_t i = 0; i < count; ++i) k += stack[i].k;
   for (int64_t rank = 0; rank < pad_rank(k); ++rank)
     for (int64_t d = 0; d < end - begin; d += kLanes) {
-      float* p = memory + rank * panel.ld + d;
+      float* p = memory + rank * panel.step + d;
       const VU high = high_half(load(p));
       store(p, (V)(high | (high >> 16)));
     }
@@ -208,8 +208,8 @@ static void shrink_chunk(const Matrix& x, const Chunk& c, const Dropout& drop, P
     copy_rows(x, c, buffers().x);
   }
   for (int64_t i = 0; i < ranks; i += kRanks) {
-    const int64_t n = P.ld - rank - i < kRanks ? P.ld - rank - i : kRanks;
-    brgemm(m, n, c.width(), stride, P.ld, kRanks, c.begin > 0, rows, P.data + c.begin / 2 * P.ld + rank + i,
+    const int64_t n = P.step - rank - i < kRanks ? P.step - rank - i : kRanks;
+    brgemm(m, n, c.width(), stride, P.step, kRanks, c.begin > 0, rows, P.data + c.begin / 2 * P.step + rank + i,
            sums + i * m);
   }
 }
@@ -239,7 +239,7 @@ static void shrink(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, 
 // out = y + C, or C where dropout kept the element
 static void expand_chunk(const Matrix* y, const Matrix& out, const Chunk& c, const float* z, Panel P, int64_t k) {
   float* product = buffers().product;
-  brgemm(padded_rows(c.rows), c.width(), 2 * k, 2 * k, P.ld, kColumns, false, z, P.data + c.begin, product);
+  brgemm(padded_rows(c.rows), c.width(), 2 * k, 2 * k, P.step, kColumns, false, z, P.data + c.begin, product);
   for (int64_t row = 0; row < c.rows; ++row)
     for (int64_t d = 0; d < c.width(); d += 32) {
       V a = load(product + row * kColumns + d), b = load(product + row * kColumns + d + 16);
@@ -323,7 +323,7 @@ static bool expand_row(const Matrix*, const Matrix&, const float*, const Factor*
   return false;
 }
 
-constexpr PanelFormat kPairs = {pairs_floats, pack_pairs, false}, kTwice = {panel_floats, pack_twice, false};
+constexpr PanelFormat kPairs = {pairs_floats, pack_pairs, false}, kTwice = {panel_floats<Layout::rows>, pack_twice, false};
 
 }  // namespace
 

@@ -3,12 +3,12 @@
 // Everything here is free of torch. Each instruction set compiles `kernels_impl.h` once and exports one `Kernels` per
 // activation dtype; `dispatch.cpp` picks at run time.
 //
-// A *panel* is a factor laid out for the kernels. Most instruction sets use one format for all: float32 [k][ld], k
-// padded with zero rows to a multiple of 4, ld padded with zero columns to a multiple of `unit`. A [r, d] is its own
-// panel when it is float32 and d is a multiple of `unit`; B [d, r] is transposed into one. For bfloat16 activations
-// each unit holds its even columns first, then its odd ones: the order in which two shifts widen a register of bfloat16
-// pairs. The tile units of `amx` want pairs along the dimension summed over, so there shrink and expand read different
-// formats (isa_amx.cpp).
+// A *panel* is a factor laid out for the kernels: float32, k padded with zeros to a multiple of 4, columns to a multiple
+// of `unit`. A [r, d] is its own panel when it is float32 and d is a multiple of `unit`; read by many rows it is packed
+// like every other factor, so that a kernel walks through the panel from end to end: ranks that lie a row of A apart lie
+// in pages of their own, more than the first-level TLB holds. For bfloat16 activations each unit holds its even columns
+// first, then its odd ones: the order in which two shifts widen a register of bfloat16 pairs. `amx` has formats of its
+// own (isa_amx.cpp).
 //
 // t, u, z below are float32 [rows][k] with k padded to a multiple of 4 (`pad_rank`) and zeros in the padding.
 #pragma once
@@ -26,9 +26,10 @@ struct Matrix {  // [rows][cols], unit inner stride, rows `stride` elements apar
 };
 
 struct Panel {
-  const float* data;  // where column 0 is or would be: a panel may hold columns [begin, end) only
-  int64_t ld;
+  const float* data;           // where column 0 is or would be: a panel may hold columns [begin, end) only
+  int64_t step, group, unit;  // floats between the ranks of a group of four, between groups, between units of columns
 };
+inline Panel rows_of_ranks(const float* data, int64_t ld, int64_t unit) { return {data, ld, 4 * ld, unit}; }
 
 // A parameter or its gradient: element (i, j) of the [k][d] factor is data[i * stride_k + j * stride_d].
 struct Factor {

@@ -118,7 +118,7 @@ static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, floa
   if (staged<D>(g, rows, k, none, acc != nullptr)) {
     staged_pieces<D>(
         g, rows, 0, g.cols, none, 0, [&](int64_t row, int64_t count, int64_t begin, int64_t columns, auto next) {
-          shrink_staged<D>(count, P.data + begin, P.ld, columns, s.lanes + row * k * kLanes, k, begin > 0, next);
+          shrink_staged<D>(count, P, begin, columns, s.lanes + row * k * kLanes, k, begin > 0, next);
           if (acc)
             outer_chunk<F32>(s.rows, kStagedLd, count, z + row * z_k, z_k, acc + begin, ld, accumulate || row > 0,
                              columns);
@@ -130,7 +130,7 @@ static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, floa
   for (int64_t begin = 0; begin < g.cols; begin += chunk) {
     const int64_t columns = g.cols - begin < chunk ? g.cols - begin : chunk;
     const typename D::T* p = row_of<D>(g, 0, begin);
-    shrink_chunk<D>(p, g.stride, rows, P.data + begin, P.ld, columns, s.lanes, k, begin > 0, begin + columns < g.cols);
+    shrink_chunk<D>(p, g.stride, rows, P, begin, columns, s.lanes, k, begin > 0, begin + columns < g.cols);
     if (acc) outer_chunk<D>(p, g.stride, rows, z, z_k, acc + begin, ld, accumulate, columns);
   }
   sum_lanes(s.lanes, rows * k, u);
@@ -165,8 +165,9 @@ static void multiply_add(int64_t count) {
 
 template <class D>
 constexpr Kernels table() {
-  constexpr PanelFormat panel = {panel_floats, pack<D>, !D::even_odd};
-  return {kUnit,           kLightRows,      kMostRows,     panel,       panel,         panel_ld,
+  constexpr PanelFormat groups = {panel_floats<Layout::groups>, pack<D, Layout::groups>, !D::even_odd};
+  constexpr PanelFormat tiles = {panel_floats<Layout::tiles>, pack<D, Layout::tiles>, !D::even_odd};
+  return {kUnit,           kLightRows,      kMostRows,     groups,      tiles,         panel_ld,
           unpack<D>,       shrink<D>,       shrink_row<D>, expand<D>,   expand_row<D>, outer<D>,
           shrink_outer<D>, expand_outer<D>, softmax,       multiply_add};
 }

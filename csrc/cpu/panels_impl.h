@@ -70,19 +70,20 @@ LOWRANK_INLINE void transposed_ranks(const typename S::T* data, const Factor& f,
 #endif
 }
 
-// The panel's rows [rank, rank + kLanes) at one unit of columns, from a factor of dtype S. Missing elements are zero.
-template <class D, class S>
+// Ranks [rank, rank + rows) at one unit of columns, rows <= kLanes, from a factor of dtype S to `to(0)`, `to(1)` ...
+// Missing elements are zero.
+template <class D, class S, class To>
 LOWRANK_INLINE void pack_unit(const typename S::T* data, const Factor& f, int64_t rank, int64_t d, int64_t rows,
-                              float* panel, int64_t ld) {
-  const int64_t columns = f.d - d, ranks = f.k - rank;
+                              const To& to) {
+  const int64_t columns = f.d - d, ranks = f.k > rank ? f.k - rank : 0;
   if (rank_fastest(f)) {  // transpose in registers, one register of the unit at a time: two would not fit
     for (int half = 0; half < 2; ++half) {
-      float* to = panel + half * kLanes;
+      const int64_t at = half * kLanes;
       const int64_t there = ranks < rows ? ranks : rows;
       if (transposable<D, S>(f, there, d)) {
         for (int64_t j = 0; j < there; j += kTransposed<S>)
-          transposed_ranks<D, S>(data, f, rank + j, d, half, [&](int i, V v) { store(to + (j + i) * ld, v); });
-        for (int64_t j = there; j < rows; ++j) store(to + j * ld, V{});
+          transposed_ranks<D, S>(data, f, rank + j, d, half, [&](int i, V v) { store(to(j + i) + at, v); });
+        for (int64_t j = there; j < rows; ++j) store(to(j) + at, V{});
         continue;
       }
       const int64_t first = d + half * UnitOrder<D>::second;
@@ -95,7 +96,7 @@ LOWRANK_INLINE void pack_unit(const typename S::T* data, const Factor& f, int64_
       transpose(v);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i)
-        if (i < rows) store(panel + i * ld + half * kLanes, v[i]);
+        if (i < rows) store(to(i) + at, v[i]);
     }
     return;
   }
@@ -105,8 +106,8 @@ LOWRANK_INLINE void pack_unit(const typename S::T* data, const Factor& f, int64_
     if (j < ranks && f.stride_d == 1) {
       if (std::is_same_v<D, S> && columns >= kUnit) {
         D::load2(reinterpret_cast<const typename D::T*>(p), a, b);
-        store(panel + j * ld, a);
-        store(panel + j * ld + kLanes, b);
+        store(to(j), a);
+        store(to(j) + kLanes, b);
         continue;
       }
       a = load1_tail<S>(p, columns);
@@ -117,8 +118,8 @@ LOWRANK_INLINE void pack_unit(const typename S::T* data, const Factor& f, int64_
     }
     V even = a, odd = b;
     if (D::even_odd) deinterleave(a, b, even, odd);
-    store(panel + j * ld, even);
-    store(panel + j * ld + kLanes, odd);
+    store(to(j), even);
+    store(to(j) + kLanes, odd);
   }
 }
 
@@ -150,34 +151,61 @@ LOWRANK_INLINE void store_block(typename S::T* data, const Factor& f, int64_t ra
   }
 }
 
-template <class D>
-static void pack_factor(const Factor& f, int64_t begin, int64_t end, float* panel, int64_t ld) {
-  const int64_t padded = pad_rank(f.k);
-  with_dtype(f, [&](auto dtype, const auto* data) {
-    for (int64_t d = begin; d < end; d += kUnit)
-      for (int64_t rank = 0; rank < padded; rank += kLanes)
-        pack_unit<D, decltype(dtype)>(data, f, rank, d, padded - rank < kLanes ? padded - rank : kLanes,
-                                      panel + rank * ld + d, ld);
-  });
+// Where a rank begins at a unit of columns.
+LOWRANK_INLINE const float* panel_at(const Panel& P, int64_t rank, int64_t column) {
+  return P.data + rank / 4 * P.group + rank % 4 * P.step + column / kUnit * P.unit;
 }
 
-// One line more than the columns need: at a power of two, the ranks of a column would all fall into one set of the
-// first-level cache.
+template <class T>
+struct Ranks {  // of a panel or a factor, from one of them and a column on; the distances are those of `Panel`
+  const T* at;
+  int64_t step, group, unit;
+};
+
+static Ranks<float> ranks_at(const Panel& P, int64_t rank, int64_t column) {
+  return {panel_at(P, rank, column), P.step, P.group, P.unit};
+}
+
+// rows: each rank in turn, one line more than its columns need: at a power of two, the ranks of a column would all fall
+// into one set of the first-level cache. groups: four ranks, unit by unit, and then the next four, as shrink reads them.
+// tiles: all ranks of a unit, and then the next unit, as expand reads them.
+enum class Layout { rows, groups, tiles };
+constexpr int64_t kBetweenGroups = 2048 + 16;  // so that the groups of a chunk lie in different sets of the caches
+
 static int64_t panel_ld(int64_t columns) { return round_up(columns, kUnit) + 16; }
 
-static int64_t panel_floats(int64_t k, int64_t columns) { return (pad_rank(k) + 4) * panel_ld(columns); }
+template <Layout L>
+static int64_t panel_floats(int64_t k, int64_t columns) {
+  const int64_t padded = pad_rank(k), width = round_up(columns, kUnit);
+  if (L == Layout::rows) return padded * panel_ld(columns);
+  return padded * width + (L == Layout::groups ? padded / 4 * kBetweenGroups : 0);
+}
 
-template <class D>
+template <Layout L>
+static Panel panel_in(const float* memory, int64_t k, int64_t columns) {
+  if (L == Layout::rows) return rows_of_ranks(memory, panel_ld(columns), kUnit);
+  if (L == Layout::groups) return {memory, kUnit, 4 * round_up(columns, kUnit) + kBetweenGroups, 4 * kUnit};
+  return {memory, kUnit, 4 * kUnit, pad_rank(k) * kUnit};
+}
+
+template <class D, Layout L>
 static Panel pack(const Factor* stack, int64_t count, int64_t begin, int64_t end, float* memory) {
-  const int64_t ld = panel_ld(end - begin);
-  int64_t k = 0, written = 0;
-  for (int64_t i = 0; i < count; ++i) {  // each factor's zero rows are overwritten by the factor that follows
-    pack_factor<D>(stack[i], begin, end, memory + k * ld - begin, ld);
-    written = k + pad_rank(stack[i].k);
-    k += stack[i].k;
+  int64_t k = 0, offset = 0;
+  for (int64_t i = 0; i < count; ++i) k += stack[i].k;
+  Panel panel = panel_in<L>(memory, k, end - begin);
+  panel.data -= begin / kUnit * panel.unit;
+  auto at = [&](int64_t rank, int64_t d) { return const_cast<float*>(panel_at(panel, rank, d)); };
+  for (int64_t i = 0; i < count; offset += stack[i++].k) {  // the zeros behind the last factor are the padding
+    const Factor& f = stack[i];
+    const int64_t ranks = i + 1 < count ? f.k : pad_rank(k) - offset;
+    with_dtype(f, [&](auto dtype, const auto* data) {
+      for (int64_t d = begin; d < end; d += kUnit)
+        for (int64_t rank = 0; rank < ranks; rank += kLanes)
+          pack_unit<D, decltype(dtype)>(data, f, rank, d, ranks - rank < kLanes ? ranks - rank : kLanes,
+                                        [&](int64_t j) { return at(offset + rank + j, d); });
+    });
   }
-  for (; written < pad_rank(k); ++written) std::memset(memory + written * ld, 0, ld * sizeof(float));
-  return {memory - begin, ld};
+  return panel;
 }
 
 template <class D>

@@ -20,8 +20,8 @@ struct Fetch {  // rows that are wanted in the second-level cache soon
 
 // acc[(row * k + rank) * kLanes ..] (+)= products of `columns` columns, for R rows and C ranks; fetches `Ahead` rows.
 template <class D, class S, int R, int C, int Ahead, class Q = F32>
-LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const typename Q::T* P, int64_t ld,
-                                int64_t columns, float* acc, int64_t k, bool accumulate, const S* ahead) {
+LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, Ranks<typename Q::T> P, int64_t columns,
+                                float* acc, int64_t k, bool accumulate, const S* ahead) {
   V sum[R][C], sum_b[R][C];  // sum_b: only where the unit is split
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -31,10 +31,10 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const ty
       sum_b[i][j] = V{};
     }
   // a half at a time: with both, the inputs and the sums would not fit in 16 registers
-  auto half = [&](auto which, int64_t d, V(&sums)[R][C], const V(&a)[R]) __attribute__((always_inline)) {
+  auto half = [&](auto which, V(&sums)[R][C], const V(&a)[R]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) {
-      V factor = Q::template load_half<decltype(which)::value>(P + j * ld + d);
+      V factor = Q::template load_half<decltype(which)::value>(P.at + j / 4 * P.group + j % 4 * P.step);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) add_product(sums[i][j], a[i], factor);
     }
@@ -42,22 +42,22 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const ty
   constexpr std::integral_constant<int, 0> first;
   constexpr std::integral_constant<int, 1> second;
   int64_t d = 0;
-  for (; d + kUnit <= columns; d += kUnit) {
+  for (; d + kUnit <= columns; d += kUnit, P.at += P.unit) {
     for (int i = 0; i < Ahead; ++i) prefetch_unit(ahead + i * stride + d);
     V a[R];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) a[i] = D::template load_half<0>(x + i * stride + d);
-    half(first, d, sum, a);
+    half(first, sum, a);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) a[i] = D::template load_half<1>(x + i * stride + d);
-    half(second, d, kSplitUnit ? sum_b : sum, a);
+    half(second, kSplitUnit ? sum_b : sum, a);
   }
   if (d < columns) {
     V a[R], b[R];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) load2_tail<D>(x + i * stride + d, columns - d, a[i], b[i]);
-    half(first, d, sum, a);
-    half(second, d, kSplitUnit ? sum_b : sum, b);
+    half(first, sum, a);
+    half(second, kSplitUnit ? sum_b : sum, b);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -67,21 +67,23 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, const ty
 
 // R rows by all their ranks. The passes over the ranks share the fetching of the R rows at `ahead`.
 template <class D, int R, int Ahead>
-LOWRANK_INLINE void shrink_passes(const typename D::T* x, int64_t stride, const float* P, int64_t ld, int64_t columns,
-                                  float* acc, int64_t k, bool accumulate, const typename D::T* ahead) {
+LOWRANK_INLINE void shrink_passes(const typename D::T* x, int64_t stride, const Panel& P, int64_t column,
+                                  int64_t columns, float* acc, int64_t k, bool accumulate,
+                                  const typename D::T* ahead) {
   constexpr int C = R == 1 ? 2 * kShrinkRanks : kShrinkRanks;  // one row alone needs more chains to hide the latency
   const int64_t passes = k / C;
   int64_t rank = 0;
   for (int64_t pass = 0; pass < passes; ++pass, rank += C)
-    shrink_tile<D, typename D::T, R, C, Ahead>(x, stride, P + rank * ld, ld, columns, acc + rank * kLanes, k,
+    shrink_tile<D, typename D::T, R, C, Ahead>(x, stride, ranks_at(P, rank, column), columns, acc + rank * kLanes, k,
                                                accumulate, ahead + pass * R / passes * stride);
   for (; rank < k; rank += kShrinkRanks)
-    shrink_tile<D, typename D::T, R, kShrinkRanks, 0>(x, stride, P + rank * ld, ld, columns, acc + rank * kLanes, k,
-                                                      accumulate, ahead);
+    shrink_tile<D, typename D::T, R, kShrinkRanks, 0>(x, stride, ranks_at(P, rank, column), columns, acc + rank * kLanes,
+                                                      k, accumulate, ahead);
 }
 
+// Columns [column, column + columns) of the rows at x, which begin there; `more`: of columns that follow.
 template <class D>
-static void shrink_chunk(const typename D::T* x, int64_t stride, int64_t rows, const float* P, int64_t ld,
+static void shrink_chunk(const typename D::T* x, int64_t stride, int64_t rows, const Panel& P, int64_t column,
                          int64_t columns, float* acc, int64_t k, bool accumulate, bool more) {
   constexpr int R = kShrinkRows;
   int64_t row = 0;
@@ -90,14 +92,14 @@ static void shrink_chunk(const typename D::T* x, int64_t stride, int64_t rows, c
     const typename D::T* from = x + row * stride;
     float* sums = acc + row * k * kLanes;
     if (k >= R * kShrinkRanks)
-      shrink_passes<D, R, 1>(from, stride, P, ld, columns, sums, k, accumulate, next);
+      shrink_passes<D, R, 1>(from, stride, P, column, columns, sums, k, accumulate, next);
     else
-      shrink_passes<D, R, (R + 1) / 2>(from, stride, P, ld, columns, sums, k, accumulate, next);
+      shrink_passes<D, R, (R + 1) / 2>(from, stride, P, column, columns, sums, k, accumulate, next);
   }
   for (; R > 2 && row + 2 <= rows; row += 2)
-    shrink_passes<D, 2, 0>(x + row * stride, stride, P, ld, columns, acc + row * k * kLanes, k, accumulate, x);
+    shrink_passes<D, 2, 0>(x + row * stride, stride, P, column, columns, acc + row * k * kLanes, k, accumulate, x);
   for (; row < rows; ++row)
-    shrink_passes<D, 1, 0>(x + row * stride, stride, P, ld, columns, acc + row * k * kLanes, k, accumulate, x);
+    shrink_passes<D, 1, 0>(x + row * stride, stride, P, column, columns, acc + row * k * kLanes, k, accumulate, x);
 }
 
 // t[i] = the sum of the lanes of acc[i], for n (a multiple of 4) registers.
@@ -173,27 +175,27 @@ LOWRANK_INLINE void staged_pieces(const Matrix& x, int64_t rows, int64_t from, i
 
 // Staged rows by all their ranks, four at a time; each tile fetches a row of what comes next.
 template <class D>
-static void shrink_staged(int64_t rows, const float* P, int64_t ld, int64_t columns, float* acc, int64_t k,
+static void shrink_staged(int64_t rows, const Panel& P, int64_t column, int64_t columns, float* acc, int64_t k,
                           bool accumulate, Fetch<typename D::T> next) {
   constexpr int R = kShrinkRows, C = kShrinkRanks;
   const float* x = scratch().rows;
   for (int64_t rank = 0; rank < k; rank += C) {
-    const float* factors = P + rank * ld;
+    const Ranks<float> factors = ranks_at(P, rank, column);
     float* sums = acc + rank * kLanes;
     int64_t row = 0;
     for (; row + R <= rows; row += R) {
       const float* from = x + row * kStagedLd;
       float* to = sums + row * k * kLanes;
       if (next.rows > 0) {
-        shrink_tile<F32, typename D::T, R, C, 1>(from, kStagedLd, factors, ld, columns, to, k, accumulate, next.at);
+        shrink_tile<F32, typename D::T, R, C, 1>(from, kStagedLd, factors, columns, to, k, accumulate, next.at);
         next.at += next.stride;
         --next.rows;
       } else {
-        shrink_tile<F32, float, R, C, 0>(from, kStagedLd, factors, ld, columns, to, k, accumulate, from);
+        shrink_tile<F32, float, R, C, 0>(from, kStagedLd, factors, columns, to, k, accumulate, from);
       }
     }
     for (; row < rows; ++row)
-      shrink_tile<F32, float, 1, C, 0>(x + row * kStagedLd, kStagedLd, factors, ld, columns, sums + row * k * kLanes, k,
+      shrink_tile<F32, float, 1, C, 0>(x + row * kStagedLd, kStagedLd, factors, columns, sums + row * k * kLanes, k,
                                        accumulate, x);
   }
 }
@@ -206,17 +208,17 @@ static void shrink(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, 
   const int64_t chunk = chunk_columns(k < kRankBlock ? k : kRankBlock);
   for (int64_t rank = 0; rank < k; rank += kRankBlock) {
     const int64_t ranks = k - rank < kRankBlock ? k - rank : kRankBlock;
-    const float* panel = P.data + rank * P.ld;
+    const Panel panel{panel_at(P, rank, 0), P.step, P.group, P.unit};
     if (staged<D>(x, rows, k, drop, false)) {
       staged_pieces<D>(x, rows, from, to, drop, first_row,
                        [&](int64_t row, int64_t count, int64_t begin, int64_t columns, auto next) {
-                         shrink_staged<D>(count, panel + begin, P.ld, columns, s.lanes + row * ranks * kLanes, ranks,
+                         shrink_staged<D>(count, panel, begin, columns, s.lanes + row * ranks * kLanes, ranks,
                                           begin > 0, next);
                        });
     } else {
       for (int64_t begin = from; begin < to; begin += chunk) {
         const int64_t columns = to - begin < chunk ? to - begin : chunk;
-        shrink_chunk<D>(row_of<D>(x, 0, begin), x.stride, rows, panel + begin, P.ld, columns, s.lanes, ranks, begin > 0,
+        shrink_chunk<D>(row_of<D>(x, 0, begin), x.stride, rows, panel, begin, columns, s.lanes, ranks, begin > 0,
                         begin + columns < to);
       }
     }
@@ -248,8 +250,8 @@ static bool shrink_row(const Matrix& x, const Factor* stack, int64_t count, floa
     auto tile = [&](auto ranks_at_once) __attribute__((always_inline)) {
       constexpr int C = decltype(ranks_at_once)::value;
       for (; rank + C <= stack[i].k; rank += C)
-        shrink_tile<D, float, 1, C, 0, D>(row, 0, factors + rank * stack[i].stride_k, stack[i].stride_k, x.cols,
-                                          sums + rank * kLanes, 1, false, sums);
+        shrink_tile<D, float, 1, C, 0, D>(row, 0, {factors + rank * stack[i].stride_k, stack[i].stride_k,
+                                          4 * stack[i].stride_k, kUnit}, x.cols, sums + rank * kLanes, 1, false, sums);
     };
     tile(std::integral_constant<int, 2 * kShrinkRanks>{});
     tile(std::integral_constant<int, kShrinkRanks>{});

@@ -79,7 +79,9 @@ class PanelSource {
 
   // The parameter's own memory is a panel: not worth packing for a few rows.
   bool direct() const { return stack_.size() == 1 && format_.natural && is_panel(stack_.front(), unit_); }
-  Panel in_place() const { return {static_cast<const float*>(stack_.front().data), stack_.front().stride_k}; }
+  Panel in_place() const {
+    return rows_of_ranks(static_cast<const float*>(stack_.front().data), stack_.front().stride_k, unit_);
+  }
 
   const std::vector<Factor>& stack() const { return stack_; }
 
