@@ -98,24 +98,6 @@ inline void shrink_few(const Kernels& table, const Rows& x, const PanelSource& P
   });
 }
 
-// Rows of a block. Few, so that its streams stay in the second-level cache from fetch to use; many where the panels do
-// not stay there beside them, so that they are read less often. Sums are written too, so they want more rows to a
-// visit.
-constexpr int64_t kPanelsStay = 128 * 1024;  // floats of panels that stay: half a megabyte of the cache
-inline int64_t medium_rows(const Kernels& table) {
-  return table.most_rows > 32 ? table.most_rows / 2 : table.most_rows;
-}
-
-inline int64_t forward_rows(const Kernels& table, int64_t panel_floats, int64_t ranks) {
-  if (panel_floats < kPanelsStay) return table.light_rows;
-  return ranks <= kRankBlock / 2 ? table.most_rows : medium_rows(table);
-}
-
-inline int64_t backward_rows(const Kernels& table, int64_t panel_and_sum_floats, int64_t ranks) {
-  if (panel_and_sum_floats >= 2 * kPanelsStay && ranks <= kRankBlock / 2) return table.most_rows;
-  return ranks <= 16 ? table.light_rows : medium_rows(table);
-}
-
 template <class Middle>
 void forward_few(const Kernels& table, int64_t threads, int64_t count, const Shrink* first, const Expand* second,
                  const Middle& middle) {
@@ -149,7 +131,7 @@ void forward(int64_t count, const Shrink* first, const Expand* second, const Mid
   if (count <= kFewRows) return forward_few(table, threads, count, first, second, middle);
 
   const int64_t p_floats = first ? first->P.floats(x_cols) : 0, q_floats = second ? second->Q.floats(y_cols) : 0;
-  const int64_t block = forward_rows(table, x_cols * tk + y_cols * zk, std::max(tk, zk));
+  const int64_t block = table.forward_rows;
   split(threads, count, 8, [&](int64_t, int64_t begin, int64_t end) {
     // every thread packs for itself: a panel is small beside the rows, and a second parallel region is not cheap
     float* memory = workspace(Slot::thread, block * (tk + zk) + p_floats + q_floats);
@@ -180,33 +162,37 @@ struct ExpandOuter {  // dx = u P (dx null: not needed), dP = u^T dropout(x) (dP
   Dropout drop;
 };
 
-// sums [k][ld] over `count` panels `step` apart, columns [begin, end), into the stacked factors (data null: skipped).
-inline void store_factors(const Kernels& table, const std::vector<Factor>& targets, const float* sums, int64_t count,
-                          int64_t step, int64_t ld, int64_t begin, int64_t end) {
+// The total of `count` sums, `distance` floats apart, columns [begin, end), into the stacked factors (data null:
+// skipped).
+inline void store_factors(const Kernels& table, const std::vector<Factor>& targets, const Sums& sums, int64_t count,
+                          int64_t distance, int64_t begin, int64_t end) {
+  int64_t rank = 0;
   for (const Factor& target : targets) {
-    if (target.data) table.unpack(sums, count, step, ld, target, begin, end);
-    sums += target.k * ld;
+    if (target.data) table.unpack(sums, rank, count, distance, target, begin, end);
+    rank += target.k;
   }
 }
 
 // z^T x for few rows, a piece of columns at a time, straight into the factors.
 inline void outer_few(const Kernels& table, const Rows& x, int64_t count, const float* z, int64_t k,
                       const std::vector<Factor>& targets, const Dropout& drop, int64_t begin, int64_t end) {
-  auto add_up = [&](float* sums, int64_t ld, int64_t from, int64_t to) {
+  auto add_up = [&](const Sums& sums, int64_t from, int64_t to) {
     blocks(0, count, table.most_rows, [&](int64_t row, int64_t rows) {
-      table.outer(x.from(row), rows, z + row * pad_rank(k), pad_rank(k), sums, ld, row > 0, from, to, drop, row);
+      table.outer(x.from(row), rows, z + row * pad_rank(k), pad_rank(k), sums, row > 0, from, to, drop, row);
     });
   };
   if (count > 0 && targets.size() == 1 && targets[0].data && targets[0].k == k && table.shrink_panel.natural &&
       is_panel(targets[0], table.unit))
-    return add_up(static_cast<float*>(targets[0].data), targets[0].stride_k, begin, end);
-  const int64_t ld = table.sums_ld(kPackColumns);
+    return add_up(rows_of_sums(static_cast<float*>(targets[0].data), targets[0].stride_k, table.sum_columns), begin,
+                  end);
+  constexpr int64_t ld = kPackColumns + 16;  // not a power of two: the ranks of a column fall into different sets
   float* memory = workspace(Slot::piece, pad_rank(k) * ld);
   if (count == 0) std::fill_n(memory, pad_rank(k) * ld, 0.0f);
   for (; begin < end; begin += kPackColumns) {
     const int64_t stop = std::min(begin + kPackColumns, end);
-    add_up(memory - begin, ld, begin, stop);
-    store_factors(table, targets, memory - begin, 1, 0, ld, begin, stop);
+    const Sums sums = rows_of_sums(memory - begin, ld, table.sum_columns);
+    add_up(sums, begin, stop);
+    store_factors(table, targets, sums, 1, 0, begin, stop);
   }
 }
 
@@ -258,43 +244,44 @@ void backward(int64_t count, const ShrinkOuter* first, const ExpandOuter* second
   if (count <= kFewRows) return backward_few(table, threads, count, first, second, g_cols, x_cols, source, middle);
 
   const bool need_dQ = first && !first->dQ.empty(), need_dP = second && !second->dP.empty();
-  const int64_t q_ld = table.sums_ld(g_cols), p_ld = table.sums_ld(x_cols);
-  const int64_t dq_floats = need_dQ ? zk * q_ld : 0, dp_floats = need_dP ? uk * p_ld : 0;
+  const int64_t dq_floats = need_dQ ? table.sum_floats(zk, g_cols) : 0;
+  const int64_t dp_floats = need_dP ? table.sum_floats(uk, x_cols) : 0;
   const int64_t q_floats = first && first->Q ? first->Q->floats(g_cols) : 0;
   const int64_t p_floats = second && second->dx ? second->P.floats(x_cols) : 0;
   float* sums = workspace(Slot::shared, threads * (dq_floats + dp_floats));
 
-  const int64_t block = backward_rows(table, g_cols * (vk + zk) + 2 * x_cols * uk, std::max({vk, zk, uk}));
+  const int64_t block = table.backward_rows;
   split(threads, count, 8, [&](int64_t thread, int64_t begin, int64_t end) {
     float* memory = workspace(Slot::thread, block * (zk + vk + uk) + q_floats + p_floats);
     float *z = memory, *v = z + block * zk, *u = v + block * vk, *q_memory = u + block * uk;
-    float *dq = sums + thread * dq_floats, *dp = sums + threads * dq_floats + thread * dp_floats;
+    const Sums dq = need_dQ ? table.sums_in(sums + thread * dq_floats, zk, g_cols) : Sums{};
+    const Sums dp = need_dP ? table.sums_in(sums + threads * dq_floats + thread * dp_floats, uk, x_cols) : Sums{};
     const Panel Q = q_floats ? first->Q->pack(q_memory, 0, g_cols) : Panel{};
     const Panel P = p_floats ? second->P.pack(q_memory + q_floats, 0, x_cols) : Panel{};
     blocks(begin, end, block, [&](int64_t row, int64_t rows) {
       const bool accumulate = row > begin;
       if (first) {
         if (need_dQ) source(row, rows, z);
-        table.shrink_outer(first->g.from(row), rows, Q, vk, first->Q ? v : nullptr, z, zk, need_dQ ? dq : nullptr, q_ld,
-                           accumulate);
+        table.shrink_outer(first->g.from(row), rows, Q, vk, first->Q ? v : nullptr, z, zk, dq, accumulate);
       }
       middle(row, rows, first && first->Q ? v : nullptr, second ? u : nullptr);
       if (!second) return;
       Matrix x, dx;
       if (second->x) x = second->x->from(row);
       if (second->dx) dx = second->dx->from(row);
-      table.expand_outer(u, P, uk, second->dx ? &dx : nullptr, second->x ? &x : nullptr, rows, need_dP ? dp : nullptr,
-                         p_ld, accumulate, second->drop, row);
+      table.expand_outer(u, P, uk, second->dx ? &dx : nullptr, second->x ? &x : nullptr, rows, dp, accumulate,
+                         second->drop, row);
     });
   });
   // the second stage: threads' sums in the order of their rows
-  auto reduce = [&](const std::vector<Factor>& targets, const float* from, int64_t step, int64_t ld, int64_t cols) {
-    split(thread_count(threads * step * 8, cols / 64), cols, 64, [&](int64_t, int64_t begin, int64_t end) {
-      store_factors(table, targets, from, threads, step, ld, begin, end);
+  auto reduce = [&](const std::vector<Factor>& targets, float* from, int64_t distance, int64_t k, int64_t cols) {
+    const Sums of_first = table.sums_in(from, k, cols);
+    split(thread_count(threads * distance * 8, cols / 64), cols, 64, [&](int64_t, int64_t begin, int64_t end) {
+      store_factors(table, targets, of_first, threads, distance, begin, end);
     });
   };
-  if (need_dQ) reduce(first->dQ, sums, dq_floats, q_ld, g_cols);
-  if (need_dP) reduce(second->dP, sums + threads * dq_floats, dp_floats, p_ld, x_cols);
+  if (need_dQ) reduce(first->dQ, sums, dq_floats, zk, g_cols);
+  if (need_dP) reduce(second->dP, sums + threads * dq_floats, dp_floats, uk, x_cols);
 }
 
 // ---------------------------------------------------------------------------------------------- small steps

@@ -120,11 +120,9 @@ static void expand_groups(const typename D::T* y, int64_t y_stride, typename D::
     expand_rows<D, kExpandRows, kLong>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, k,
                                        columns);
   for (; row + 2 <= rows; row += 2)
-    expand_rows<D, 2, kLong>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, k,
-                             columns);
+    expand_rows<D, 2, kLong>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, k, columns);
   for (; row < rows; ++row)
-    expand_rows<D, 1, kLong>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, k,
-                             columns);
+    expand_rows<D, 1, kLong>(at(row), y_stride, out + row * out_stride, out_stride, grouped + row * k, P, k, columns);
 }
 
 template <class D>

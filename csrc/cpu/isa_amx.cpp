@@ -3,7 +3,7 @@
 //
 //   shrink   t [rows, k]    (+)= x [rows, 256] P        P: pairs of columns, [d / 2][k padded to 16][2]
 //   expand   C [rows, 256]    = (hi, lo)(z) (Q, Q)      Q: every element twice, [k][columns][2]; then out = y + C
-//   outer    acc [k, 256]   (+)= hi(z)^T x, += lo(z)^T x      x: repacked as pairs of rows, [16][256][2]
+//   outer    sums [k, 256]  (+)= hi(z)^T x, += lo(z)^T x      x: repacked as pairs of rows, [16][256][2]
 //
 // A 32-bit word holds two bfloat16 that are multiplied and added together. z, float32, becomes hi + lo, which
 // keeps 16 of its bits. Expand spends the pair on the two halves: at 16 ranks and less it is free, since the tile steps
@@ -255,27 +255,27 @@ static void expand_chunk(const Matrix* y, const Matrix& out, const Chunk& c, con
     }
 }
 
-// acc (+)= z^T x; z as transpose_z leaves it
-static void outer_chunk(const Matrix& x, const Chunk& c, const uint16_t* z, int64_t k, float* acc, int64_t ld,
+// sums (+)= z^T x; z as transpose_z leaves it
+static void outer_chunk(const Matrix& x, const Chunk& c, const uint16_t* z, int64_t k, const Sums& sums,
                         bool accumulate) {
   Words* pairs = buffers().pairs;
   pair_rows(x, c, pairs);
-  brgemm(k, c.width(), kTileRows, 2 * kTileRows, kColumns, ld, accumulate, z, pairs, acc + c.begin);
-  brgemm(k, c.width(), kTileRows, 2 * kTileRows, kColumns, ld, true, z + kTileRows, pairs, acc + c.begin);
+  brgemm(k, c.width(), kTileRows, 2 * kTileRows, kColumns, sums.step, accumulate, z, pairs, sums.data + c.begin);
+  brgemm(k, c.width(), kTileRows, 2 * kTileRows, kColumns, sums.step, true, z + kTileRows, pairs, sums.data + c.begin);
 }
 
 static void expand_outer_columns(const Matrix* y, const Matrix* out, const Matrix* x, int64_t rows, const float* z,
-                                 Panel P, int64_t k, float* acc, int64_t ld, bool accumulate, int64_t from, int64_t to,
+                                 Panel P, int64_t k, const Sums& sums, bool accumulate, int64_t from, int64_t to,
                                  const Dropout& drop, int64_t first_row) {
   const TileGuard guard;
   float* halves = grouped_scratch(2 * kTileRows * k);
   uint16_t* transposed = reinterpret_cast<uint16_t*>(halves + kTileRows * k);
   if (out) split_z(z, rows, k, keep_scale(drop), halves);
-  if (acc) transpose_z(z, rows, k, keep_scale(drop), transposed);
+  if (sums.data) transpose_z(z, rows, k, keep_scale(drop), transposed);
   for (int64_t begin = from; begin < to; begin += kColumns) {
     const Chunk c = chunk_of(rows, begin, to - begin < kColumns ? to - begin : kColumns, drop, first_row);
     if (out) expand_chunk(y, *out, c, halves, P, k);
-    if (acc) outer_chunk(*x, c, transposed, k, acc, ld, accumulate);
+    if (sums.data) outer_chunk(*x, c, transposed, k, sums, accumulate);
   }
 }
 
@@ -283,37 +283,37 @@ static void expand_outer_columns(const Matrix* y, const Matrix* out, const Matri
 
 static void expand(const Matrix* y, const Matrix& out, int64_t rows, const float* z, Panel P, int64_t k, int64_t begin,
                    int64_t end, const Dropout& drop, int64_t first_row) {
-  expand_outer_columns(y, &out, nullptr, rows, z, P, k, nullptr, 0, false, begin, end, drop, first_row);
+  expand_outer_columns(y, &out, nullptr, rows, z, P, k, {}, false, begin, end, drop, first_row);
 }
 
-static void outer(const Matrix& x, int64_t rows, const float* z, int64_t k, float* acc, int64_t ld, bool accumulate,
+static void outer(const Matrix& x, int64_t rows, const float* z, int64_t k, const Sums& sums, bool accumulate,
                   int64_t begin, int64_t end, const Dropout& drop, int64_t first_row) {
-  expand_outer_columns(nullptr, nullptr, &x, rows, z, {}, k, acc, ld, accumulate, begin, end, drop, first_row);
+  expand_outer_columns(nullptr, nullptr, &x, rows, z, {}, k, sums, accumulate, begin, end, drop, first_row);
 }
 
 static void expand_outer(const float* z, Panel P, int64_t k, const Matrix* dx, const Matrix* x, int64_t rows,
-                         float* acc, int64_t ld, bool accumulate, const Dropout& drop, int64_t first_row) {
-  expand_outer_columns(nullptr, dx, x, rows, z, P, k, acc, ld, accumulate, 0, dx ? dx->cols : x->cols, drop, first_row);
+                         const Sums& sums, bool accumulate, const Dropout& drop, int64_t first_row) {
+  expand_outer_columns(nullptr, dx, x, rows, z, P, k, sums, accumulate, 0, dx ? dx->cols : x->cols, drop, first_row);
 }
 
 static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, float* u, const float* z, int64_t z_k,
-                         float* acc, int64_t ld, bool accumulate) {
+                         const Sums& sums, bool accumulate) {
   const Dropout none{};
-  if (!u || !acc || k > kSumRanks) {  // nothing to fuse, or more ranks than the scratch holds
+  if (!u || !sums.data || k > kSumRanks) {  // nothing to fuse, or more ranks than the scratch holds
     if (u) shrink(g, rows, P, k, u, none, 0, 0, g.cols);
-    if (acc) outer(g, rows, z, z_k, acc, ld, accumulate, 0, g.cols, none, 0);
+    if (sums.data) outer(g, rows, z, z_k, sums, accumulate, 0, g.cols, none, 0);
     return;
   }
   const TileGuard guard;
-  float* sums = scratch().lanes;
+  float* products = scratch().lanes;
   uint16_t* transposed = reinterpret_cast<uint16_t*>(grouped_scratch(kTileRows * z_k));
   transpose_z(z, rows, z_k, 1.0f, transposed);
   for (int64_t begin = 0; begin < g.cols; begin += kColumns) {
     const Chunk c = chunk_of(rows, begin, g.cols - begin < kColumns ? g.cols - begin : kColumns, none, 0);
-    shrink_chunk(g, c, none, P, 0, k, sums);
-    outer_chunk(g, c, transposed, z_k, acc, ld, accumulate);
+    shrink_chunk(g, c, none, P, 0, k, products);
+    outer_chunk(g, c, transposed, z_k, sums, accumulate);
   }
-  store_sums(sums, rows, 0, k, 1.0f, u, k);
+  store_sums(products, rows, 0, k, 1.0f, u, k);
 }
 
 // One row takes the same way as many: other bits otherwise.
@@ -323,15 +323,19 @@ static bool expand_row(const Matrix*, const Matrix&, const float*, const Factor*
   return false;
 }
 
-constexpr PanelFormat kPairs = {pairs_floats, pack_pairs, false}, kTwice = {panel_floats<Layout::rows>, pack_twice, false};
+static int64_t row_floats(int64_t k, int64_t d) { return panel_floats<Layout::rows>(k, d); }
+static Sums rows_in(float* memory, int64_t, int64_t d) { return rows_of_sums(memory, panel_ld(d), kUnit); }
+
+constexpr PanelFormat kPairs = {pairs_floats, pack_pairs, false},
+                      kTwice = {panel_floats<Layout::rows>, pack_twice, false};
 
 }  // namespace
 
 namespace lowrank {
 extern const Kernels kernels_amx;
-const Kernels kernels_amx = {kUnit,        kTileRows,    kTileRows,  kPairs, kTwice,     panel_ld,
-                             unpack<F32>,  shrink,       shrink_row, expand, expand_row, outer,
-                             shrink_outer, expand_outer, softmax,    nullptr};
+const Kernels kernels_amx = {kUnit,      kTileRows,    kTileRows,          kTileRows, kPairs,     kTwice, kUnit,
+                             row_floats, rows_in,      unpack<F32, kUnit>, shrink,    shrink_row, expand, expand_row,
+                             outer,      shrink_outer, expand_outer,       softmax,   nullptr};
 }  // namespace lowrank
 
 #if defined(__clang__)

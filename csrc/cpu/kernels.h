@@ -3,12 +3,12 @@
 // Everything here is free of torch. Each instruction set compiles `kernels_impl.h` once and exports one `Kernels` per
 // activation dtype; `dispatch.cpp` picks at run time.
 //
-// A *panel* is a factor laid out for the kernels: float32, k padded with zeros to a multiple of 4, columns to a multiple
-// of `unit`. A [r, d] is its own panel when it is float32 and d is a multiple of `unit`; read by many rows it is packed
-// like every other factor, so that a kernel walks through the panel from end to end: ranks that lie a row of A apart lie
-// in pages of their own, more than the first-level TLB holds. For bfloat16 activations each unit holds its even columns
-// first, then its odd ones: the order in which two shifts widen a register of bfloat16 pairs. `amx` has formats of its
-// own (isa_amx.cpp).
+// A *panel* is a factor laid out for the kernels: float32, k padded with zeros to a multiple of 4, columns to a
+// multiple of `unit`. A [r, d] is its own panel when it is float32 and d is a multiple of `unit`; read by many rows it
+// is packed like every other factor, so that a kernel walks through the panel from end to end: ranks that lie a row of
+// A apart lie in pages of their own, more than the first-level TLB holds. For bfloat16 activations each unit holds its
+// even columns first, then its odd ones: the order in which two shifts widen a register of bfloat16 pairs. `amx` has
+// formats of its own (isa_amx.cpp).
 //
 // t, u, z below are float32 [rows][k] with k padded to a multiple of 4 (`pad_rank`) and zeros in the padding.
 #pragma once
@@ -26,10 +26,15 @@ struct Matrix {  // [rows][cols], unit inner stride, rows `stride` elements apar
 };
 
 struct Panel {
-  const float* data;           // where column 0 is or would be: a panel may hold columns [begin, end) only
+  const float* data;          // where column 0 is or would be: a panel may hold columns [begin, end) only
   int64_t step, group, unit;  // floats between the ranks of a group of four, between groups, between units of columns
 };
+struct Sums {  // of products along the rows, float32 [k][d], as a panel is stored but in tiles of `sum_columns` columns
+  float* data;
+  int64_t step, group, tile;
+};
 inline Panel rows_of_ranks(const float* data, int64_t ld, int64_t unit) { return {data, ld, 4 * ld, unit}; }
+inline Sums rows_of_sums(float* data, int64_t ld, int64_t columns) { return {data, ld, 4 * ld, columns}; }
 
 // A parameter or its gradient: element (i, j) of the [k][d] factor is data[i * stride_k + j * stride_d].
 struct Factor {
@@ -69,12 +74,16 @@ struct PanelFormat {
 
 struct Kernels {
   int64_t unit;                            // columns that one step of a kernel covers
-  int64_t light_rows, most_rows;           // rows of a block: for short panels, and the most that a kernel takes
+  int64_t forward_rows, backward_rows;     // of a block, whose streams stay in the second-level cache
+  int64_t most_rows;                       // that a kernel takes
   PanelFormat shrink_panel, expand_panel;  // of the P that `shrink` and `expand` (and their pairs) take
-  int64_t (*sums_ld)(int64_t d);           // the distance between the ranks of `acc`
+  int64_t sum_columns;                     // of a tile of sums
+  int64_t (*sum_floats)(int64_t k, int64_t d);
+  Sums (*sums_in)(float* memory, int64_t k, int64_t d);
 
-  // sum of `count` accumulators [k][ld], `step` floats apart, in that order -> columns [begin, end) of `target`
-  void (*unpack)(const float* sums, int64_t count, int64_t step, int64_t ld, const Factor& target, int64_t begin,
+  // the total of `count` sums, `distance` floats apart, in that order: ranks from `rank` on -> columns [begin, end) of
+  // `target`
+  void (*unpack)(const Sums& sums, int64_t rank, int64_t count, int64_t distance, const Factor& target, int64_t begin,
                  int64_t end);
 
   // t = x P^T, summed over columns [begin, end): adds to what the thread's scratch holds from [0, begin), and writes t
@@ -92,15 +101,15 @@ struct Kernels {
   // panel and with the same bits; false: not for these factors or columns
   bool (*expand_row)(const Matrix* y, const Matrix& out, const float* z, const Factor* stack, int64_t count,
                      int64_t begin, int64_t end);
-  // acc [k][ld] (+)= z^T x over columns [begin, end)
-  void (*outer)(const Matrix& x, int64_t rows, const float* z, int64_t k, float* acc, int64_t ld, bool accumulate,
+  // sums (+)= z^T x over columns [begin, end)
+  void (*outer)(const Matrix& x, int64_t rows, const float* z, int64_t k, const Sums& sums, bool accumulate,
                 int64_t begin, int64_t end, const Dropout& drop, int64_t first_row);
-  // shrink and outer over one read of g: u = g P^T (skipped when u is null), acc (+)= z^T g (skipped when acc is null)
+  // shrink and outer over one read of g: u = g P^T (skipped when u is null), sums (+)= z^T g (skipped without memory)
   void (*shrink_outer)(const Matrix& g, int64_t rows, Panel P, int64_t k, float* u, const float* z, int64_t z_k,
-                       float* acc, int64_t ld, bool accumulate);
-  // expand and outer over one pass: dx = z P (skipped when dx is null), acc (+)= z^T x (skipped when acc is null)
-  void (*expand_outer)(const float* z, Panel P, int64_t k, const Matrix* dx, const Matrix* x, int64_t rows, float* acc,
-                       int64_t ld, bool accumulate, const Dropout& drop, int64_t first_row);
+                       const Sums& sums, bool accumulate);
+  // expand and outer over one pass: dx = z P (skipped when dx is null), sums (+)= z^T x (skipped without memory)
+  void (*expand_outer)(const float* z, Panel P, int64_t k, const Matrix* dx, const Matrix* x, int64_t rows,
+                       const Sums& sums, bool accumulate, const Dropout& drop, int64_t first_row);
   // row-wise softmax of [rows][stride] over the first `experts` columns, in place
   void (*softmax)(float* logits, int64_t rows, int64_t experts, int64_t stride);
   // at least `count` multiply-adds on registers alone: what a kernel's arithmetic costs where nothing else does. Null

@@ -20,6 +20,13 @@ LOWRANK_INLINE int64_t chunk_columns(int64_t k) {
   return columns < 128 ? 128 : columns > 1024 ? 1024 : columns;
 }
 
+// Chunks that sums are taken of: whole tiles of them, whatever the dtype.
+constexpr int64_t kSumStep = kLanes == 8 ? 192 : 64;
+LOWRANK_INLINE int64_t sum_chunk(int64_t k) {
+  const int64_t columns = chunk_columns(k) / kSumStep * kSumStep;
+  return columns < kSumStep ? kSumStep : columns;
+}
+
 // f(tag, typed pointer) for the parameter's dtype.
 template <class F>
 LOWRANK_INLINE void with_dtype(const Factor& f, const F& body) {
@@ -167,8 +174,8 @@ static Ranks<float> ranks_at(const Panel& P, int64_t rank, int64_t column) {
 }
 
 // rows: each rank in turn, one line more than its columns need: at a power of two, the ranks of a column would all fall
-// into one set of the first-level cache. groups: four ranks, unit by unit, and then the next four, as shrink reads them.
-// tiles: all ranks of a unit, and then the next unit, as expand reads them.
+// into one set of the first-level cache. groups: four ranks, unit by unit, and then the next four, as shrink reads
+// them. tiles: all ranks of a unit, and then the next unit, as expand reads them.
 enum class Layout { rows, groups, tiles };
 constexpr int64_t kBetweenGroups = 2048 + 16;  // so that the groups of a chunk lie in different sets of the caches
 
@@ -208,20 +215,40 @@ static Panel pack(const Factor* stack, int64_t count, int64_t begin, int64_t end
   return panel;
 }
 
+// Columns of a tile of sums. Three registers of float32 rows: 4 x 3 chains for 7 loads, not 4 x 2 for 6.
 template <class D>
-static void unpack(const float* panels, int64_t count, int64_t step, int64_t ld, const Factor& f, int64_t begin,
-                   int64_t end) {
+constexpr int kSumColumns = kLanes == 8 && std::is_same_v<D, F32> ? 3 * kLanes : kUnit;
+
+template <int Columns>
+LOWRANK_INLINE float* sums_at(const Sums& sums, int64_t rank, int64_t column) {
+  return sums.data + rank / 4 * sums.group + rank % 4 * sums.step + column / Columns * sums.tile + column % Columns;
+}
+
+template <class D>
+static int64_t sum_floats(int64_t k, int64_t d) {
+  return pad_rank(k) * round_up(round_up(d, kUnit), kSumColumns<D>);  // staged rows end with a whole unit
+}
+
+template <class D>
+static Sums sums_in(float* memory, int64_t k, int64_t) {
+  return {memory, kSumColumns<D>, 4 * kSumColumns<D>, pad_rank(k) * kSumColumns<D>};
+}
+
+template <class D, int Columns = kSumColumns<D>>
+static void unpack(const Sums& sums, int64_t first_rank, int64_t count, int64_t distance, const Factor& f,
+                   int64_t begin, int64_t end) {
   with_dtype(f, [&](auto dtype, auto* data) {
     for (int64_t d = begin; d < end; d += kUnit)
       for (int64_t rank = 0; rank < f.k; rank += kLanes) {
         V a[kLanes] = {}, b[kLanes] = {};
         for (int64_t j = 0; j < kLanes && rank + j < f.k; ++j) {
-          const float* p = panels + (rank + j) * ld + d;
+          const float* p = sums_at<Columns>(sums, first_rank + rank + j, d);
+          const float* q = sums_at<Columns>(sums, first_rank + rank + j, d + kLanes);
           a[j] = load(p);
-          b[j] = load(p + kLanes);
+          b[j] = load(q);
           for (int64_t i = 1; i < count; ++i) {
-            a[j] += load(p + i * step);
-            b[j] += load(p + i * step + kLanes);
+            a[j] += load(p + i * distance);
+            b[j] += load(q + i * distance);
           }
         }
         store_block<D, decltype(dtype)>(data, f, rank, d, a, b);

@@ -68,8 +68,7 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, Ranks<ty
 // R rows by all their ranks. The passes over the ranks share the fetching of the R rows at `ahead`.
 template <class D, int R, int Ahead>
 LOWRANK_INLINE void shrink_passes(const typename D::T* x, int64_t stride, const Panel& P, int64_t column,
-                                  int64_t columns, float* acc, int64_t k, bool accumulate,
-                                  const typename D::T* ahead) {
+                                  int64_t columns, float* acc, int64_t k, bool accumulate, const typename D::T* ahead) {
   constexpr int C = R == 1 ? 2 * kShrinkRanks : kShrinkRanks;  // one row alone needs more chains to hide the latency
   const int64_t passes = k / C;
   int64_t rank = 0;
@@ -77,8 +76,8 @@ LOWRANK_INLINE void shrink_passes(const typename D::T* x, int64_t stride, const 
     shrink_tile<D, typename D::T, R, C, Ahead>(x, stride, ranks_at(P, rank, column), columns, acc + rank * kLanes, k,
                                                accumulate, ahead + pass * R / passes * stride);
   for (; rank < k; rank += kShrinkRanks)
-    shrink_tile<D, typename D::T, R, kShrinkRanks, 0>(x, stride, ranks_at(P, rank, column), columns, acc + rank * kLanes,
-                                                      k, accumulate, ahead);
+    shrink_tile<D, typename D::T, R, kShrinkRanks, 0>(x, stride, ranks_at(P, rank, column), columns,
+                                                      acc + rank * kLanes, k, accumulate, ahead);
 }
 
 // Columns [column, column + columns) of the rows at x, which begin there; `more`: of columns that follow.
@@ -150,7 +149,7 @@ LOWRANK_INLINE bool staged(const Matrix& x, int64_t rows, int64_t k, const Dropo
   return sizeof(typename D::T) == 2 || (again && x.stride % 512 == 0);
 }
 
-constexpr int64_t kStagedRows = 12, kStagedColumns = 256, kStagedLd = kStagedColumns + 16;
+constexpr int64_t kStagedRows = 12, kStagedColumns = kSumStep == 64 ? 256 : kSumStep, kStagedLd = kStagedColumns + 16;
 
 // f(row, count, begin, columns, next) for each piece of [0, rows) x [from, to), staged at `scratch().rows`; `next`: the
 // rows of the piece that follows.
@@ -250,8 +249,9 @@ static bool shrink_row(const Matrix& x, const Factor* stack, int64_t count, floa
     auto tile = [&](auto ranks_at_once) __attribute__((always_inline)) {
       constexpr int C = decltype(ranks_at_once)::value;
       for (; rank + C <= stack[i].k; rank += C)
-        shrink_tile<D, float, 1, C, 0, D>(row, 0, {factors + rank * stack[i].stride_k, stack[i].stride_k,
-                                          4 * stack[i].stride_k, kUnit}, x.cols, sums + rank * kLanes, 1, false, sums);
+        shrink_tile<D, float, 1, C, 0, D>(
+            row, 0, {factors + rank * stack[i].stride_k, stack[i].stride_k, 4 * stack[i].stride_k, kUnit}, x.cols,
+            sums + rank * kLanes, 1, false, sums);
     };
     tile(std::integral_constant<int, 2 * kShrinkRanks>{});
     tile(std::integral_constant<int, kShrinkRanks>{});
