@@ -5,13 +5,13 @@
 //   expand   out[row, d] = y[row, d] + sum_k z[row, k] P[k, d]        rows x halves of a unit   8 x 2          6 x 2
 //   outer    sums[k, d] += sum_row z[row, k] x[row, d]                ranks x registers         8 x 2          4 x 3
 //
-// Every kernel walks d in chunks so that the panel's chunk (`kChunkBytes`) stays in the caches while the rows
-// stream past it. One accumulator per (row, rank) runs over all of d whatever the block shape, and expand sums the
-// ranks before it adds y: so a row's bits do not depend on the rows beside it.
+// Shrink and expand walk d in chunks, so that a chunk of the panel stays in the caches while the rows of a block pass
+// it; outer walks d in tiles, whose sums stay there. One accumulator per (row, rank) runs over all of d whatever the
+// block shape, and expand sums the ranks before it adds y: so a row's bits do not depend on the rows beside it.
 //
-// While a group of rows is multiplied, the rows that come next are fetched into the second-level cache: rows are too
-// short for the hardware's prefetcher, which starts anew at every page. Addresses past the last row are fetched too;
-// that is harmless, and cheaper than a branch.
+// What comes next is fetched into the second-level cache: for shrink the next rows, for expand and outer the columns
+// behind, for the hardware's prefetcher starts anew at every page. Addresses past the last row are fetched too; that is
+// harmless, and cheaper than a branch.
 #pragma once
 
 #include "expand_impl.h"
