@@ -169,7 +169,7 @@ struct Ranks {  // of a panel or a factor, from one of them and a column on; the
   int64_t step, group, unit;
 };
 
-static Ranks<float> ranks_at(const Panel& P, int64_t rank, int64_t column) {
+LOWRANK_INLINE Ranks<float> ranks_at(const Panel& P, int64_t rank, int64_t column) {
   return {panel_at(P, rank, column), P.step, P.group, P.unit};
 }
 
