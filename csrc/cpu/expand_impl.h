@@ -28,12 +28,12 @@ LOWRANK_INLINE void prefetch_rows(const T* p, int64_t stride) {
 // A function of its own: inlined into the loop over units, the sums would not stay in registers.
 template <class D, int R, bool kLong, bool kWhole>
 __attribute__((noinline)) static void expand_tile(const typename D::T* y, int64_t y_stride, typename D::T* out,
-                                                  int64_t out_stride, const float* z, Ranks<float> P, int64_t k,
+                                                  int64_t out_stride, const float* z, Panel P, int64_t k,
                                                   int64_t columns) {
   V a[R], b[R], earlier_a[R], earlier_b[R];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) a[i] = b[i] = earlier_a[i] = earlier_b[i] = V{};
-  for (int64_t rank = 0; rank < k; rank += 4, P.at += P.group) {
+  for (int64_t rank = 0; rank < k; rank += 4, P.data += P.group) {
     if constexpr (kLong)
       if (rank % kChain == 0)
         for (int i = 0; i < R; ++i) {
@@ -43,7 +43,7 @@ __attribute__((noinline)) static void expand_tile(const typename D::T* y, int64_
         }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j, z += R) {
-      V pa = load(P.at + j * P.step), pb = load(P.at + j * P.step + kLanes);
+      V pa = load(P.data + j * P.step), pb = load(P.data + j * P.step + kLanes);
       LOWRANK_IN_REGISTER(pa);
       LOWRANK_IN_REGISTER(pb);
 #pragma GCC unroll 8
@@ -84,11 +84,11 @@ __attribute__((noinline)) static void expand_tile(const typename D::T* y, int64_
 template <class D, int R, bool kLong>
 LOWRANK_INLINE void expand_rows(const typename D::T* y, int64_t y_stride, typename D::T* out, int64_t out_stride,
                                 const float* z, const Panel& P, int64_t k, int64_t columns) {
-  constexpr int64_t ahead = 256 / sizeof(typename D::T);
-  Ranks<float> unit = ranks_at(P, 0, 0);
+  constexpr int64_t ahead = 256 / sizeof(typename D::T);  // columns in four lines
+  Panel unit = P;
   auto at = [&](int64_t d) { return y ? y + d : nullptr; };
   int64_t d = 0;
-  for (; d + kUnit <= columns; d += kUnit, unit.at += P.unit) {
+  for (; d + kUnit <= columns; d += kUnit, unit.data += P.unit) {
     if constexpr (R == kExpandRows) {  // the columns that come next, at the end the next rows' first
       const bool wraps = d + ahead >= columns;
       const int64_t column = wraps ? d + ahead - columns : d + ahead;
@@ -156,11 +156,11 @@ static void expand(const Matrix* y, const Matrix& out, int64_t rows, const float
                    int64_t end, const Dropout& drop, int64_t first_row) {
   float* grouped = grouped_scratch(rows * k);
   const bool packed = P.step == kUnit;  // walked from end to end, whatever the columns of a chunk
-  const int64_t chunk = packed && 4 * k * kMaxChunk <= 2 * kChunkBytes ? kMaxChunk : chunk_columns(k);
+  const int64_t chunk = chunk_columns(k, packed ? 2 * kChunkBytes : kChunkBytes);
   group_rows(z, rows, k, grouped);
   for (; begin < end; begin += chunk) {
     const int64_t columns = end - begin < chunk ? end - begin : chunk;
-    const Panel part{panel_at(P, 0, begin), P.step, P.group, P.unit};
+    const Panel part = panel_from(P, 0, begin);
     if (drop.on)
       expand_dropped<D>(out, rows, grouped, part, k, begin, columns, drop, first_row);
     else

@@ -89,7 +89,7 @@ static Panel pack_pairs(const Factor* stack, int64_t count, int64_t begin, int64
   }
   if (written < ld)
     for (int64_t i = 0; i < lines; ++i) std::memset(memory + i * ld + written, 0, (ld - written) * sizeof(float));
-  return rows_of_ranks(memory - begin / 2 * ld, ld, kUnit);
+  return rows_of_ranks<float>(memory - begin / 2 * ld, ld, kUnit);
 }
 
 static Panel pack_twice(const Factor* stack, int64_t count, int64_t begin, int64_t end, float* memory) {
@@ -333,9 +333,9 @@ constexpr PanelFormat kPairs = {pairs_floats, pack_pairs, false},
 
 namespace lowrank {
 extern const Kernels kernels_amx;
-const Kernels kernels_amx = {kUnit,      kTileRows,    kTileRows,          kTileRows, kPairs,     kTwice, kUnit,
-                             row_floats, rows_in,      unpack<F32, kUnit>, shrink,    shrink_row, expand, expand_row,
-                             outer,      shrink_outer, expand_outer,       softmax,   nullptr};
+const Kernels kernels_amx = {kUnit,      kTileRows,    kTileRows,    kTileRows, kPairs,     kTwice, kUnit,
+                             row_floats, rows_in,      unpack<F32>,  shrink,    shrink_row, expand, expand_row,
+                             outer,      shrink_outer, expand_outer, softmax,   nullptr};
 }  // namespace lowrank
 
 #if defined(__clang__)

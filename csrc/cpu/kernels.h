@@ -25,15 +25,20 @@ struct Matrix {  // [rows][cols], unit inner stride, rows `stride` elements apar
   int64_t cols;
 };
 
-struct Panel {
-  const float* data;          // where column 0 is or would be: a panel may hold columns [begin, end) only
-  int64_t step, group, unit;  // floats between the ranks of a group of four, between groups, between units of columns
+template <class T>
+struct PanelOf {
+  const T* data;              // where column 0 is or would be: a panel may hold columns [begin, end) only
+  int64_t step, group, unit;  // elements from rank to rank in a group of four, from group to group, from unit to unit
 };
+using Panel = PanelOf<float>;
 struct Sums {  // of products along the rows, float32 [k][d], as a panel is stored but in tiles of `sum_columns` columns
   float* data;
   int64_t step, group, tile;
 };
-inline Panel rows_of_ranks(const float* data, int64_t ld, int64_t unit) { return {data, ld, 4 * ld, unit}; }
+template <class T>  // a parameter as it is: each rank in turn, `ld` elements apart
+PanelOf<T> rows_of_ranks(const T* data, int64_t ld, int64_t unit) {
+  return {data, ld, 4 * ld, unit};
+}
 inline Sums rows_of_sums(float* data, int64_t ld, int64_t columns) { return {data, ld, 4 * ld, columns}; }
 
 // A parameter or its gradient: element (i, j) of the [k][d] factor is data[i * stride_k + j * stride_d].

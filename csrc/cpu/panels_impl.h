@@ -15,12 +15,12 @@ LOWRANK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / t
 constexpr int64_t kChunkBytes = 64 * 1024;
 
 // Columns of a panel per chunk: a multiple of 64 (the dropout block and every unit), from 128 to 1024.
-LOWRANK_INLINE int64_t chunk_columns(int64_t k) {
-  int64_t columns = kChunkBytes / (4 * k) / 64 * 64;
+LOWRANK_INLINE int64_t chunk_columns(int64_t k, int64_t bytes = kChunkBytes) {
+  int64_t columns = bytes / (4 * k) / 64 * 64;
   return columns < 128 ? 128 : columns > 1024 ? 1024 : columns;
 }
 
-// Chunks that sums are taken of: whole tiles of them, whatever the dtype.
+// Columns of which sums are taken at a time: a multiple of 64 and of the tiles of sums, whatever the dtype.
 constexpr int64_t kSumStep = kLanes == 8 ? 192 : 64;
 LOWRANK_INLINE int64_t sum_chunk(int64_t k) {
   const int64_t columns = chunk_columns(k) / kSumStep * kSumStep;
@@ -163,13 +163,8 @@ LOWRANK_INLINE const float* panel_at(const Panel& P, int64_t rank, int64_t colum
   return P.data + rank / 4 * P.group + rank % 4 * P.step + column / kUnit * P.unit;
 }
 
-template <class T>
-struct Ranks {  // of a panel or a factor, from one of them and a column on; the distances are those of `Panel`
-  const T* at;
-  int64_t step, group, unit;
-};
-
-LOWRANK_INLINE Ranks<float> ranks_at(const Panel& P, int64_t rank, int64_t column) {
+// The panel from a rank and a unit of columns on.
+LOWRANK_INLINE Panel panel_from(const Panel& P, int64_t rank, int64_t column) {
   return {panel_at(P, rank, column), P.step, P.group, P.unit};
 }
 
@@ -234,7 +229,7 @@ static Sums sums_in(float* memory, int64_t k, int64_t) {
   return {memory, kSumColumns<D>, 4 * kSumColumns<D>, pad_rank(k) * kSumColumns<D>};
 }
 
-template <class D, int Columns = kSumColumns<D>>
+template <class D>
 static void unpack(const Sums& sums, int64_t first_rank, int64_t count, int64_t distance, const Factor& f,
                    int64_t begin, int64_t end) {
   with_dtype(f, [&](auto dtype, auto* data) {
@@ -242,8 +237,8 @@ static void unpack(const Sums& sums, int64_t first_rank, int64_t count, int64_t 
       for (int64_t rank = 0; rank < f.k; rank += kLanes) {
         V a[kLanes] = {}, b[kLanes] = {};
         for (int64_t j = 0; j < kLanes && rank + j < f.k; ++j) {
-          const float* p = sums_at<Columns>(sums, first_rank + rank + j, d);
-          const float* q = sums_at<Columns>(sums, first_rank + rank + j, d + kLanes);
+          const float* p = sums_at<kSumColumns<D>>(sums, first_rank + rank + j, d);
+          const float* q = sums_at<kSumColumns<D>>(sums, first_rank + rank + j, d + kLanes);
           a[j] = load(p);
           b[j] = load(q);
           for (int64_t i = 1; i < count; ++i) {

@@ -20,7 +20,7 @@ struct Fetch {  // rows that are wanted in the second-level cache soon
 
 // acc[(row * k + rank) * kLanes ..] (+)= products of `columns` columns, for R rows and C ranks; fetches `Ahead` rows.
 template <class D, class S, int R, int C, int Ahead, class Q = F32>
-LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, Ranks<typename Q::T> P, int64_t columns,
+LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, PanelOf<typename Q::T> P, int64_t columns,
                                 float* acc, int64_t k, bool accumulate, const S* ahead) {
   V sum[R][C], sum_b[R][C];  // sum_b: only where the unit is split
 #pragma GCC unroll 8
@@ -34,7 +34,7 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, Ranks<ty
   auto half = [&](auto which, V(&sums)[R][C], const V(&a)[R]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) {
-      V factor = Q::template load_half<decltype(which)::value>(P.at + j / 4 * P.group + j % 4 * P.step);
+      V factor = Q::template load_half<decltype(which)::value>(P.data + j / 4 * P.group + j % 4 * P.step);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) add_product(sums[i][j], a[i], factor);
     }
@@ -42,7 +42,7 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, Ranks<ty
   constexpr std::integral_constant<int, 0> first;
   constexpr std::integral_constant<int, 1> second;
   int64_t d = 0;
-  for (; d + kUnit <= columns; d += kUnit, P.at += P.unit) {
+  for (; d + kUnit <= columns; d += kUnit, P.data += P.unit) {
     for (int i = 0; i < Ahead; ++i) prefetch_unit(ahead + i * stride + d);
     V a[R];
 #pragma GCC unroll 8
@@ -73,10 +73,10 @@ LOWRANK_INLINE void shrink_passes(const typename D::T* x, int64_t stride, const 
   const int64_t passes = k / C;
   int64_t rank = 0;
   for (int64_t pass = 0; pass < passes; ++pass, rank += C)
-    shrink_tile<D, typename D::T, R, C, Ahead>(x, stride, ranks_at(P, rank, column), columns, acc + rank * kLanes, k,
+    shrink_tile<D, typename D::T, R, C, Ahead>(x, stride, panel_from(P, rank, column), columns, acc + rank * kLanes, k,
                                                accumulate, ahead + pass * R / passes * stride);
   for (; rank < k; rank += kShrinkRanks)
-    shrink_tile<D, typename D::T, R, kShrinkRanks, 0>(x, stride, ranks_at(P, rank, column), columns,
+    shrink_tile<D, typename D::T, R, kShrinkRanks, 0>(x, stride, panel_from(P, rank, column), columns,
                                                       acc + rank * kLanes, k, accumulate, ahead);
 }
 
@@ -149,7 +149,7 @@ LOWRANK_INLINE bool staged(const Matrix& x, int64_t rows, int64_t k, const Dropo
   return sizeof(typename D::T) == 2 || (again && x.stride % 512 == 0);
 }
 
-constexpr int64_t kStagedRows = 12, kStagedColumns = kSumStep == 64 ? 256 : kSumStep, kStagedLd = kStagedColumns + 16;
+constexpr int64_t kStagedRows = 12, kStagedColumns = 256 / kSumStep * kSumStep, kStagedLd = kStagedColumns + 16;
 
 // f(row, count, begin, columns, next) for each piece of [0, rows) x [from, to), staged at `scratch().rows`; `next`: the
 // rows of the piece that follows.
@@ -179,7 +179,7 @@ static void shrink_staged(int64_t rows, const Panel& P, int64_t column, int64_t 
   constexpr int R = kShrinkRows, C = kShrinkRanks;
   const float* x = scratch().rows;
   for (int64_t rank = 0; rank < k; rank += C) {
-    const Ranks<float> factors = ranks_at(P, rank, column);
+    const Panel factors = panel_from(P, rank, column);
     float* sums = acc + rank * kLanes;
     int64_t row = 0;
     for (; row + R <= rows; row += R) {
@@ -207,7 +207,7 @@ static void shrink(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, 
   const int64_t chunk = chunk_columns(k < kRankBlock ? k : kRankBlock);
   for (int64_t rank = 0; rank < k; rank += kRankBlock) {
     const int64_t ranks = k - rank < kRankBlock ? k - rank : kRankBlock;
-    const Panel panel{panel_at(P, rank, 0), P.step, P.group, P.unit};
+    const Panel panel = panel_from(P, rank, 0);
     if (staged<D>(x, rows, k, drop, false)) {
       staged_pieces<D>(x, rows, from, to, drop, first_row,
                        [&](int64_t row, int64_t count, int64_t begin, int64_t columns, auto next) {
@@ -249,9 +249,9 @@ static bool shrink_row(const Matrix& x, const Factor* stack, int64_t count, floa
     auto tile = [&](auto ranks_at_once) __attribute__((always_inline)) {
       constexpr int C = decltype(ranks_at_once)::value;
       for (; rank + C <= stack[i].k; rank += C)
-        shrink_tile<D, float, 1, C, 0, D>(
-            row, 0, {factors + rank * stack[i].stride_k, stack[i].stride_k, 4 * stack[i].stride_k, kUnit}, x.cols,
-            sums + rank * kLanes, 1, false, sums);
+        shrink_tile<D, float, 1, C, 0, D>(row, 0,
+                                          rows_of_ranks(factors + rank * stack[i].stride_k, stack[i].stride_k, kUnit),
+                                          x.cols, sums + rank * kLanes, 1, false, sums);
     };
     tile(std::integral_constant<int, 2 * kShrinkRanks>{});
     tile(std::integral_constant<int, kShrinkRanks>{});
