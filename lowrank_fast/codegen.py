@@ -79,9 +79,11 @@ def configurations(quick: bool = False) -> list[Config]:
     found += [_config("token", "forward", 8192, 32), _config("batch", "forward", 4096, 16)]
     found += [_config("static", "forward", 8192, 32)]
     found += [_config("batch", "forward", 128, r) for r in (16, 64, 128)]
-    found += [_config("batch", "forward", 128, r, "float32") for r in (16, 64)]
+    found += [_config("batch", "forward", 128, r, "float32") for r in (16, 128)]
+    found += [_config("token", "forward", 16, r) for r in (16, 64, 128)]
+    found += [_config("token", "forward", 128, 16), _config("token", "forward", 128, 128, "float32")]
     found += [_config("batch", "forward", 128, 16, on="x", dropout=True), _config("static", "forward", 128, 16)]
-    found += [_config("token", "forward", 128, 16)]
+    found += [_config("residual", "forward", 4096, 32, dropout=True)]
     found += [_config(op, "backward", 8192, 16)._replace(d=16384) for op in ("residual", "batch")]
     found += [_config("residual", way, 8192, 128) for way in both]
     found += [_config("residual", "forward", 1024, 128), _config("residual", "forward", 8192, 8)]
@@ -92,7 +94,7 @@ def configurations(quick: bool = False) -> list[Config]:
     for r in (16, 64):
         found += [_config(op, way, 8192, r, "float32") for op in ("residual", "batch") for way in both]
         found += [_config("residual", "forward", 1024, r, "float32")]
-    found += [_config("batch", "forward", 8192, 128, "float32")]
+    found += [_config(op, "forward", 8192, 128, "float32") for op in ("residual", "batch")]
     found += [_config("token", way, 8192, r, "float32") for r in (16, 64) for way in both]
     found += [_config("dx", "backward", 8192, 64, "float32", dropout=True)]
     return list(dict.fromkeys(found))
@@ -250,6 +252,11 @@ def compile_all(
     return [found[place] for place in range(total)]
 
 
+def ieee(config: str) -> bool:
+    """Whether a configuration, as text, has float32 products for which IEEE arithmetic was asked for."""
+    return " float32" in config and backend.kernels("common").FLOAT32.value == "ieee"
+
+
 def faults(row: dict[str, Any]) -> list[str]:
     """What a shipped kernel must not do, and this one does; empty when it is sound."""
     found = []
@@ -261,7 +268,7 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"needs {row['shared_bytes']} bytes of shared memory")
     if row["ctas_per_sm"] == 0:
         found.append("does not fit a multiprocessor")
-    if row["dots"] and not row["tensor_ops"]:
+    if row["dots"] and not row["tensor_ops"] and not ieee(row["config"]):
         found.append("a dot without matrix instructions")
     if row["load_bytes"] and row["load_bytes"] < 16:
         found.append(f"streams in accesses of {row['load_bytes']} bytes")
@@ -340,6 +347,10 @@ def unavailable_reason() -> str | None:
         return "Triton is not installed; pip install triton"
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         return "TRITON_INTERPRET must not be 1: interpreted kernels cannot be compiled"
+    try:
+        backend.kernels("common")
+    except RuntimeError as error:
+        return str(error)
     return None
 
 

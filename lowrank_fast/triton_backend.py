@@ -8,9 +8,11 @@ pointer), so CUDA graphs can capture them. What each op launches:
 |---|---|
 | residual add, T <= 128 or T > 2048 | 1 (F2, F1) |
 | residual add, middle T | 2: split-K shrink, expand (F3) |
-| routed projection, T <= 128 | 1, where `plan.fits_small` |
+| routed projection, T <= 128 | 1 |
 | routed projection | 2: shrink with router, expand with the bank mixed per program (F4, F5) |
 | backward | 3: up (or a row kernel), down, reduce; 1 when `x` alone needs a gradient |
+
+Ranks above 128 come in pieces, each with launches of its own.
 
 Signatures are those of `ops.SCHEMAS`; a result that was not asked for is an empty tensor.
 """
@@ -356,7 +358,7 @@ def _routed_projection(
     probabilities, router = (None, "none") if static else (p, router_input)
     with Target(out) as target:
         source = plan().as_rows(y)
-        if target.numel() and plan().fits_small(rows, A, B, static=static, token=token, drop=drop):
+        if target.numel() and plan().fits_small(rows, A, B):
             plan().routed_small(
                 op, source, rows, A, B, R, given, mask, target, hidden, probabilities, None if token else w, scale,
                 keep_scale, seed, threshold, router=router, groups=groups,
@@ -367,10 +369,7 @@ def _routed_projection(
             means=means, token_mask=mask,
         )  # fmt: skip
         if token:
-            for part in plan().chunks(A.shape[0], plan().table.TOKEN_WIDEST[y.element_size()]):
-                some = hidden[:, part].contiguous()
-                plan().expand(op, source, some, B[:, :, part], target, scale, mix="token", p=p)
-                source = target
+            plan().expand(op, source, hidden, B, target, scale, mix="token", p=p)
         elif static:
             plan().expand(op, source, hidden, B, target, scale, mix="weights", w=given, w_out=w)
         else:

@@ -90,7 +90,7 @@ def up_gradient(
             base = u_parts + tile.to(tl.int64) * T * RANK
             tl.store(base + rows[:, None] * RANK + rank[None, :], part, mask=mask)
         if ACCUMULATE:
-            left = hidden_rows(t, rows, end, T, RANK, RP, 1, BM)  # [BM, RP]
+            left = hidden_rows(t, rows, end, 0, T, RANK, RP, 1, BM)  # [BM, RP]
             if TOKEN:
                 mask = (rows < end)[:, None] & (chosen < E)[None, :]
                 weight = tl.load(p + rows[:, None] * E + chosen[None, :], mask=mask, other=0.0)  # [BM, SLOTS]
@@ -185,7 +185,7 @@ def token_hidden_by_rows(
     chosen = first_expert + held
     valid = inside & ((chosen < E) & (held < HELD))[None, :]
     weight = tl.load(p + rows[:, None] * E + chosen[None, :], mask=valid, other=0.0)  # [BM, HP]
-    hidden = hidden_rows(t, rows, end, T, RANK, RP, 1, BM)  # [BM, RP]
+    hidden = hidden_rows(t, rows, end, 0, T, RANK, RP, 1, BM)  # [BM, RP]
     tl.store(dw_out + rows[:, None] * E + chosen[None, :], tl.sum(dz * hidden[:, None, :], 2), mask=valid)
     dt = tl.sum(dz * weight[:, :, None], 1)
     place = part * T.to(tl.int64) * RANK + rows[:, None] * RANK + rank[None, :]
@@ -310,7 +310,7 @@ def down_gradient(
     for begin in tl.range(start, tl.minimum(start + rows_per_split, group_rows), BM, num_stages=STAGES):
         rows = first + begin + tl.arange(0, BM)
         if NEED_DX or NEED_DA:
-            u = hidden_rows(u_parts, rows, end, T, RANK, RP, PARTS, BM)  # [BM, RP]
+            u = hidden_rows(u_parts, rows, end, 0, T, RANK, RP, PARTS, BM)  # [BM, RP]
         if ROUTED != "none":
             logits = logit_gradient(p, dw_rows, dw, token_mask, rows, end, E, EP, ROUTED, HAS_MASK)  # [BM, EP]
             if ON_T:
@@ -377,7 +377,7 @@ def router_gradient(
     for begin in tl.range(start, tl.minimum(start + rows_per_split, group_rows), BM):
         rows = first + begin + tl.arange(0, BM)
         logits = logit_gradient(p, dw_rows, dw, token_mask, rows, end, E, EP, ROUTED, HAS_MASK)  # [BM, EP]
-        hidden = hidden_rows(t, rows, end, T, RANK, RP, 1, BM)  # [BM, RP]
+        hidden = hidden_rows(t, rows, end, 0, T, RANK, RP, 1, BM)  # [BM, RP]
         for e in tl.static_range(E):
             column = tl.sum(tl.where((experts == e)[None, :], logits, 0.0), 1)
             value = tl.sum(column[:, None] * hidden, 0)

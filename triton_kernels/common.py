@@ -7,8 +7,17 @@ that it adds nothing to any product. Rows are 64-bit everywhere: `rows * stride`
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
+
+FLOAT32_VARIABLE = "LOWRANK_FAST_TRITON_FLOAT32"
+_PRECISIONS = ("bf16x6", "ieee")
+_precision = os.environ.get(FLOAT32_VARIABLE) or "bf16x6"
+if _precision not in _PRECISIONS:
+    raise RuntimeError(f"{FLOAT32_VARIABLE} must be one of {', '.join(_PRECISIONS)}; got {_precision!r}")
+FLOAT32 = tl.constexpr(_precision)  # how float32 values are multiplied; the compiler's cache knows it
 
 
 @triton.jit
@@ -17,10 +26,10 @@ def product(a, b, acc):
 
     Float32 operands keep their 24 bits on matrix instructions: each is the sum of three bfloat16 values, six of the
     nine products are summed smallest first (the other three are below 2^-26), and the sum is added to `acc`
-    outside the matrix instruction, whose own additions truncate. TF32 would keep 11 bits, IEEE products have no matrix
-    instruction on NVIDIA.
+    outside the matrix instruction, whose own additions truncate. TF32 would keep 11 bits. IEEE products, which
+    `LOWRANK_FAST_TRITON_FLOAT32=ieee` asks for, have no matrix instruction on NVIDIA: they are fused multiply-adds.
     """
-    return tl.dot(a, b, acc, input_precision="bf16x6")
+    return tl.dot(a, b, acc, input_precision=FLOAT32)
 
 
 @triton.jit
@@ -31,7 +40,7 @@ def load_rows(base, rows, cols, stride, n_rows, n_cols):
 
 
 @triton.jit
-def load_factor(base, rank, cols, stride_rank: tl.constexpr, stride_col: tl.constexpr, n_rank: tl.constexpr, n_cols):
+def load_factor(base, rank, cols, stride_rank: tl.constexpr, stride_col: tl.constexpr, n_rank, n_cols):
     """Tile `[RP, BC]` of a factor (`A`, or `B` transposed), zero beyond the rank; stays in the cache.
 
     The offset is 64-bit: a factor `[r, d]` is small, but its view inside a larger bank need not be.
@@ -53,15 +62,17 @@ def load_factor_transposed(
 
 @triton.jit
 def keep_mask(seed, rows, start, threshold, BM: tl.constexpr, BC: tl.constexpr):
-    """Dropout's keep mask `[BM, BC]` for columns `start ..`, where `start` and `BC` are multiples of 64.
+    """Dropout's keep mask `[BM, BC]` for columns `start ..`; `BC` is 32 or a multiple of 64, `start` a multiple of it.
 
     Column `64 q + 16 w + l` of row `i` takes word `w` of Philox4x32-10 at counter `(16 q + l, i mod 2^32, i >> 32,
-    stream)`, the layout of `reference.dropout_mask`: one counter gives four columns, 16 apart.
+    stream)`, the layout of `reference.dropout_mask`: one counter gives four columns, 16 apart, of which 32 columns use
+    two.
     """
+    COUNTERS: tl.constexpr = BC // 4 if BC >= 64 else 16
     key = tl.load(seed)
     stream = tl.load(seed + 1)
-    zero = tl.zeros([BM, BC // 4], tl.int32)
-    column = zero + (start // 4 + tl.arange(0, BC // 4))[None, :]
+    zero = tl.zeros([BM, COUNTERS], tl.int32)
+    column = zero + (start // 64 * 16 + tl.arange(0, COUNTERS))[None, :]
     low = zero + (rows & 0xFFFFFFFF).to(tl.int32)[:, None]
     high = zero + (rows >> 32).to(tl.int32)[:, None]
     last = zero + (stream & 0xFFFFFFFF).to(tl.int32)
@@ -69,8 +80,13 @@ def keep_mask(seed, rows, start, threshold, BM: tl.constexpr, BC: tl.constexpr):
     limit = tl.cast(threshold, tl.uint32)
     pair0 = tl.join((w0 >= limit).to(tl.int8), (w1 >= limit).to(tl.int8))
     pair1 = tl.join((w2 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))
-    words = tl.reshape(tl.join(pair0, pair1), [BM, BC // 64, 16, 2, 2])  # [row, q, l, w & 1, w >> 1]
-    return tl.reshape(tl.permute(words, [0, 1, 4, 3, 2]), [BM, BC]) != 0
+    if BC >= 64:
+        words = tl.reshape(tl.join(pair0, pair1), [BM, BC // 64, 16, 2, 2])  # [row, q, l, w & 1, w >> 1]
+        keep = tl.reshape(tl.permute(words, [0, 1, 4, 3, 2]), [BM, BC])
+    else:
+        pair = tl.where(start % 64 == 0, pair0, pair1)  # [row, l, w & 1]
+        keep = tl.reshape(tl.permute(pair, [0, 2, 1]), [BM, BC])
+    return keep != 0
 
 
 @triton.jit

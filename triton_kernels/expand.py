@@ -6,8 +6,8 @@ while `y` streams in and `out` streams out. 2 passes and nothing else; `t` comes
 * `MIX = "weights"`: `B_mix = sum_e w_e B_e` with `w [groups, E]` given; `"sums"`: `w` is the mean that `shrink.py` left
   as partial sums, added here in order (a few KB from L2) and written out once for backward.
 * `"token"`: one rank-`E r` update: `z = w (x) t` is built in registers from `p [T, E]` and `t [T, r]`. A bank too wide
-  for one product (`E r > 128`) takes several steps for a block of rows, `HELD` experts each; the tiles of `B` then
-  come from L2, and the last step reads `y` and writes `out`.
+  for one product (`E r > 128`) takes several steps for a block of rows, of `HELD` experts each and, where `RP < r`, of
+  `RP` ranks; the tiles of `B` then come from L2, and the last step reads `y` and writes `out`.
 * `PARTS > 1`: `t` is the sum of `PARTS` partials `[PARTS, T, r]` of a split-K shrink, added in order.
 """
 
@@ -58,10 +58,10 @@ def mixed_factor(
 
 
 @triton.jit
-def bank_slots(B, slot_expert, cols, N, sb_e, SB_N: tl.constexpr, SB_R: tl.constexpr, RANK: tl.constexpr,
+def bank_slots(B, slot_expert, first, cols, N, sb_e, SB_N: tl.constexpr, SB_R: tl.constexpr, RANK: tl.constexpr,
                RP: tl.constexpr, E: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Tile `[WIDTH, BN]` of the bank as one factor: slot `k` is rank `k % RP` of expert `slot_expert[k]`."""
-    rank = tl.arange(0, WIDTH) % RP
+    """Tile `[WIDTH, BN]` of the bank as one factor: slot `k` is rank `first + k % RP` of expert `slot_expert[k]`."""
+    rank = first + tl.arange(0, WIDTH) % RP
     offset = slot_expert.to(tl.int64) * sb_e + rank * SB_R
     mask = ((rank < RANK) & (slot_expert < E))[:, None] & (cols < N)[None, :]
     return tl.load(B + offset[:, None] + cols.to(tl.int64)[None, :] * SB_N, mask=mask, other=0.0)
@@ -78,9 +78,9 @@ def bank_slots_transposed(B, slot_expert, cols, N, sb_e, SB_N: tl.constexpr, SB_
 
 
 @triton.jit
-def hidden_rows(t, rows, end, T, RANK: tl.constexpr, RP: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr):
-    """`t [BM, RP]` in float32: the sum of `PARTS` partials, in order."""
-    rank = tl.arange(0, RP)
+def hidden_rows(t, rows, end, first, T, RANK: tl.constexpr, RP: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr):
+    """`t [BM, RP]` from rank `first` on in float32: the sum of `PARTS` partials, in order."""
+    rank = first + tl.arange(0, RP)
     mask = (rows < end)[:, None] & (rank < RANK)[None, :]
     place = rows[:, None] * RANK + rank[None, :]
     value = tl.load(t + place, mask=mask, other=0.0).to(tl.float32)
@@ -109,7 +109,8 @@ def expand_kernel(
     HELD: tl.constexpr, HP: tl.constexpr, MIX: tl.constexpr, PARTS: tl.constexpr, SAVE_T: tl.constexpr,
     SAVE_W: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    PASSES: tl.constexpr = (E + HELD - 1) // HELD if MIX == "token" else 1
+    PIECES: tl.constexpr = (RANK + RP - 1) // RP
+    PASSES: tl.constexpr = (E + HELD - 1) // HELD * PIECES if MIX == "token" else 1
     tile, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     cols = tile * BN + tl.arange(0, BN)
     rank = tl.arange(0, RP)
@@ -119,7 +120,7 @@ def expand_kernel(
     elif MIX == "token":
         slots = tl.arange(0, HP * RP) // RP
         if PASSES == 1:
-            factor = bank_slots(B, slots, cols, N, sb_e, SB_N, SB_R, RANK, RP, E, HP * RP).to(dtype)  # [HP RP, BN]
+            factor = bank_slots(B, slots, 0, cols, N, sb_e, SB_N, SB_R, RANK, RP, E, HP * RP).to(dtype)  # [HP RP, BN]
     else:
         w = mean_weights(w_in, sums, counts, group, blocks, MIX, E, EP, CHUNK)
         if SAVE_W:  # noqa: SIM102 (the outer one is decided at compile time)
@@ -134,7 +135,9 @@ def expand_kernel(
     update = tl.zeros([BM, BN], tl.float32)
     for step in tl.range(0, steps, num_stages=STAGES):
         rows = first + start + (step // PASSES) * BM + tl.arange(0, BM)
-        left = hidden_rows(t, rows, end, T, RANK, RP, PARTS, BM)  # [BM, RP]
+        part = step % PASSES // PIECES * HELD  # the first expert of this step, and the first rank
+        piece = step % PIECES * RP
+        left = hidden_rows(t, rows, end, piece, T, RANK, RP, PARTS, BM)  # [BM, RP]
         if PARTS > 1:
             left *= tl.cast(scale_t, tl.float32)
         if SAVE_T:  # noqa: SIM102 (the outer one is decided at compile time)
@@ -142,15 +145,14 @@ def expand_kernel(
                 mask = (rows < end)[:, None] & (rank < RANK)[None, :]
                 tl.store(t_out + rows[:, None] * RANK + rank[None, :], left, mask=mask)
         if MIX == "token":
-            part = step % PASSES
-            left = token_hidden(p, left, rows, end, part * HELD, RANK, RP, E, HELD, HP, BM)
+            left = token_hidden(p, left, rows, end, part, RANK, RP, E, HELD, HP, BM)
         if PASSES == 1:
             update = product(left.to(dtype), factor, tl.zeros([BM, BN], tl.float32))
             written = end
         else:
-            some = bank_slots(B, part * HELD + slots, cols, N, sb_e, SB_N, SB_R, RANK, RP, E, HP * RP)
-            update = product(left.to(dtype), some.to(dtype), tl.where(part == 0, 0.0, update))
-            written = tl.where(part == PASSES - 1, end, 0)
+            some = bank_slots(B, part + slots, piece, cols, N, sb_e, SB_N, SB_R, RANK, RP, E, HP * RP)
+            update = product(left.to(dtype), some.to(dtype), tl.where(step % PASSES == 0, 0.0, update))
+            written = tl.where(step % PASSES == PASSES - 1, end, 0)
         value = update * tl.cast(scale, tl.float32) + load_rows(y, rows, cols, sy, written, N).to(tl.float32)
         mask = (rows < written)[:, None] & (cols < N)[None, :]
         tl.store(out + rows[:, None] * so + cols[None, :], value.to(dtype), mask=mask)

@@ -6,7 +6,8 @@
   maintainers closed a fix as not supported), and it knows nothing of how a matrix instruction adds. Repaired, products
   are exact, 16 of them are added to the accumulator at a time, and each sum is truncated to float32: the coarsest that
   NVIDIA's have been found to do (Fasi, Higham, Mikaitis, Pranesh 2021). Float32 operands go through six products of
-  bfloat16 terms, in the order in which Triton's `bf16x6` lowers them, added to the accumulator outside.
+  bfloat16 terms, in the order in which Triton's `bf16x6` lowers them, added to the accumulator outside, or through
+  fused multiply-adds where `common.FLOAT32` is `ieee`.
 * the conversion from float32 to bfloat16, which cuts the lower bits off; repaired, it rounds to nearest even.
 * the exchange of `triton.language` for the interpreter's functions, which takes milliseconds and is done again at every
   call of a device function; repaired, once per launch.
@@ -25,6 +26,8 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter as _interpreter
+
+from . import common
 
 _builder = _interpreter.InterpreterBuilder
 _original_cast = _builder.cast_impl
@@ -76,8 +79,19 @@ def float32_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return matrix_product(a0, b0, np.where(np.isnan(small), np.float32(0.0), small))
 
 
+def ieee_product(a: np.ndarray, b: np.ndarray, acc: np.ndarray) -> np.ndarray:
+    """`acc + a @ b` of float32 values by fused multiply-adds, one after the other: each product is exact in float64,
+    each sum is rounded to float32."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    for k in range(a.shape[-1]):
+        acc = (acc + a[..., k, None] * b[..., k, None, :]).astype(np.float32)
+    return acc
+
+
 def _dot(self: Any, a: Any, b: Any, d: Any, *settings: Any) -> Any:
     if a.dtype.scalar == tl.float32:
+        if common.FLOAT32.value == "ieee":
+            return _interpreter.TensorHandle(ieee_product(a.data, b.data, d.data), tl.float32)
         return _interpreter.TensorHandle(d.data + float32_product(a.data, b.data), tl.float32)
     left, right = (_from_bfloat16(one.data) if one.dtype.scalar == tl.bfloat16 else one.data for one in (a, b))
     return _interpreter.TensorHandle(matrix_product(left, right, d.data), tl.float32)

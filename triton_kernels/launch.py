@@ -23,6 +23,20 @@ class Launch(NamedTuple):
     warps: int
     stages: int
 
+    def options(self, architecture: str) -> dict[str, Any]:
+        """What the compiler is told beside the constants.
+
+        On NVIDIA's, shrinks of ranks up to 64 with float32 products (three parts for each value) or two products of `x`
+        may use all registers: ptxas would spill a few to fit another CTA. Other kernels it schedules better if they
+        may not.
+        """
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        shrinks = self.name in ("residual_add_kernel", "shrink_kernel", "routed_small_kernel")
+        many = self.args[0].dtype is torch.float32 or self.constants.get("ROUTER") == "x"
+        if architecture.startswith("sm_") and shrinks and many and self.constants["RP"] <= 64:
+            options["maxnreg"] = min(255, 65536 // (32 * self.warps))
+        return options
+
 
 _observer: Callable[[Launch], bool] | None = None
 _architecture: str | None = None
@@ -38,9 +52,8 @@ def run(launch: Launch) -> None:
     if min(launch.grid) == 0 or (_observer is not None and _observer(launch)):
         return
     if not interpreted():
-        launch.kernel[launch.grid](
-            *launch.args, **launch.constants, num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True
-        )
+        options = launch.options(architecture(launch.args[0].device))
+        launch.kernel[launch.grid](*launch.args, **launch.constants, **options)
     else:
         launch.kernel[launch.grid](*launch.args, **launch.constants)
 

@@ -103,8 +103,7 @@ class _Source(ASTSource):
 def compile_launch(launch: Launch, architecture: str) -> Any:
     """The compiled kernel of a launch; needs no device and no driver."""
     source = _Source(launch.kernel, *signature(launch))
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=TARGETS[architecture], options=options)
+    return triton.compile(source, target=TARGETS[architecture], options=launch.options(architecture))
 
 
 def _tool(name: str, binary: bytes, *arguments: str) -> str:

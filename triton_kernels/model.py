@@ -60,9 +60,9 @@ def l2_bytes(launch: Launch) -> int:
         again = (blocks * launch.grid[1] - 1) * _bytes(named["A"]) + (blocks - 1) * _bytes(named["B"])
         again += (launch.grid[1] - 1) * _bytes(named["x"])
     elif launch.name == "routed_small_kernel":
-        programs = blocks * launch.grid[1] * launch.grid[2]
-        again = (programs - 1) * sum(_bytes(named.get(name)) for name in ("A", "R"))
-        again += (launch.grid[1] - 1) * _bytes(named["x"]) + (blocks * launch.grid[2] - 1) * _bytes(named["B"])
+        programs, walks = blocks * launch.grid[1] * launch.grid[2], blocks if named["MIX"] == "mean" else 1
+        again = (programs * walks - 1) * sum(_bytes(named.get(name)) for name in ("A", "R"))
+        again += (launch.grid[1] * walks - 1) * _bytes(named["x"]) + (blocks * launch.grid[2] - 1) * _bytes(named["B"])
     elif launch.name == "up_kernel":
         columns = named["up_tiles"]
         by_rows = (blocks - columns) * launch.grid[1]  # programs that own rows: they read g beside the columns' reads

@@ -38,6 +38,12 @@ def held_experts(experts: int, rank: int, widest: int = table.WIDEST) -> int:
     return min(experts, max(1, widest // padded(rank)))
 
 
+def token_step(experts: int, rank: int, y: Tensor) -> tuple[int, int]:
+    """Experts, and ranks of each, that one product of the token-routed expand takes for a stream like `y`."""
+    widest = table.TOKEN_WIDEST[y.element_size()]
+    return held_experts(experts, rank, widest), min(padded(rank), widest)
+
+
 def dropout(p: float, seed: Tensor | None) -> tuple[bool, int, float]:
     """Whether there is dropout, its threshold, and the factor of what is kept."""
     if p == 0.0 or seed is None:
@@ -66,8 +72,13 @@ def place(op: str, x: Tensor, *others: Tensor | None) -> str:
     return launch.architecture(x.device)
 
 
-def pick(kernel: str, arch: str, x: Tensor, width: int, T: int) -> Any:
-    return table.row(kernel, arch, x.element_size(), width, T)
+def pick(kernel: str, arch: str, x: Tensor, width: int, T: int, drop: bool = False, router: str = "none") -> Any:
+    """The row of the launch table; with dropout a shorter tile, because Philox takes registers."""
+    if drop and kernel == "routed_small":
+        T = min(T, 16)
+    tile = table.row(kernel, arch, x.element_size(), width, T)
+    most = 16 if router == "x" and x.element_size() == 2 else 32
+    return tile._replace(rows=min(tile.rows, most)) if drop else tile
 
 
 def chunks(rank: int, widest: int = table.WIDEST) -> list[slice]:
@@ -99,8 +110,7 @@ def fused(
     """`out = [y +] scale_out * (scale_t * x A^T) B^T` on `[T, .]` tensors; `drop`: "input", "output" or "none"."""
     arch = place(op, x, A, y, B, out, seed)
     (T, D), N, rank = x.shape, out.shape[1], A.shape[0]
-    # Philox takes registers: with dropout, never the tallest tile.
-    tile = pick("residual_add", arch, x, padded(rank), T if drop == "none" else min(T, 4096))
+    tile = pick("residual_add", arch, x, padded(rank), T, drop != "none")
     blocks, tiles = cdiv(T, tile.rows), cdiv(N, tile.cols)
     splits = min(max(table.PROCESSORS[arch] // blocks, 1), tiles)
     per_split = cdiv(tiles, splits)
@@ -135,7 +145,7 @@ def shrink(
     T, D = x.shape
     rank = A.shape[0]
     experts = 1 if R is None else R.shape[0]
-    tile = pick("shrink", arch, x, max(padded(rank), padded(experts)), T)
+    tile = pick("shrink", arch, x, max(padded(rank), padded(experts)), T, seed is not None, router)
     blocks = cdiv(T // groups, tile.rows)
     sums = counts = None
     if means:
@@ -174,9 +184,10 @@ def expand(
     (T, N), rank = y.shape, B.shape[-1]
     bank = B.dim() == 3
     experts = B.shape[0] if bank else 1
-    held = held_experts(experts, rank, table.TOKEN_WIDEST[y.element_size()]) if mix == "token" else 1
-    kernel = "expand_parts" if parts > 1 else "expand" if held == experts or mix != "token" else "expand_wide"
-    tile = pick(kernel, arch, y, padded_experts(held) * padded(rank), T)
+    held, width = token_step(experts, rank, y) if mix == "token" else (1, padded(rank))
+    steps = cdiv(experts, held) * cdiv(rank, width) if mix == "token" else 1
+    kernel = "expand_parts" if parts > 1 else "expand" if steps == 1 else "expand_wide"
+    tile = pick(kernel, arch, y, padded_experts(held) * width, T)
     columns = cdiv(N, tile.cols)
     per_group = T // groups
     wanted = max(1, 2 * table.PROCESSORS[arch] // (columns * groups))
@@ -192,7 +203,7 @@ def expand(
                 float(scale_t), float(scale),
             ),
             dict(
-                SB_N=B.stride(-2), SB_R=B.stride(-1), RANK=rank, RP=padded(rank), E=experts, EP=padded(experts),
+                SB_N=B.stride(-2), SB_R=B.stride(-1), RANK=rank, RP=width, E=experts, EP=padded(experts),
                 HELD=held, HP=padded_experts(held), MIX=mix, PARTS=parts, SAVE_T=t_out is not None,
                 SAVE_W=w_out is not None, BM=tile.rows, BN=tile.cols, CHUNK=64, STAGES=tile.stages,
             ),
@@ -202,15 +213,10 @@ def expand(
     )  # fmt: skip
 
 
-def fits_small(x: Tensor, A: Tensor, B: Tensor, *, static: bool, token: bool, drop: bool) -> bool:
-    """Whether `routed_small` holds a block of the rows of `x [T, d_in]` in registers, or all of them where the weights
-    are a mean over them: up to a padded rank of `A [r, d_in]` (or experts of `B [E, d_out, r]`) of 128, in float32 64
-    where weights are learned. With dropout in a mean, Philox leaves room for less, and none in float32."""
-    size, width = x.element_size(), max(padded(A.shape[0]), padded(B.shape[0]))
-    widest = table.WIDEST if static else table.TOKEN_WIDEST[size]
-    if drop and not (static or token):
-        widest = 32 if size == 2 else 0
-    return x.shape[0] <= table.SMALL and width <= widest
+def fits_small(x: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether `routed_small` takes the rows of `x [T, d_in]`, the rank of `A [r, d_in]` and the experts of
+    `B [E, d_out, r]`."""
+    return x.shape[0] <= table.SMALL and max(A.shape[0], B.shape[0]) <= table.WIDEST
 
 
 def routed_small(
@@ -226,12 +232,11 @@ def routed_small(
     (T, D), (experts, N, rank) = x.shape, B.shape
     mix = "weights" if w_in is not None else "token" if w is None else "mean"
     group_rows, width = T // groups, max(padded(rank), padded(experts))
-    tile = pick("residual_add", arch, x, width, T)
-    if mix == "mean" and group_rows > tile.rows:
-        tile = pick("routed_small", arch, x, width, T)
-        if seed is not None:  # Philox takes registers
-            tile = tile._replace(inner=64)
-    held = held_experts(experts, rank, table.TOKEN_WIDEST[y.element_size()]) if mix == "token" else 1
+    kernel = "residual_add" if mix == "weights" else "routed_small"
+    tile = pick(kernel, arch, x, width, group_rows, seed is not None)
+    held, per_step = token_step(experts, rank, y)
+    if mix != "token":
+        held, per_step = 1, per_step if mix == "mean" else padded(rank)
     blocks, tiles = cdiv(group_rows, tile.rows), cdiv(N, tile.cols)
     # Every program of a mean reads all of x: beyond half of the processors, L2 takes longer to deliver it.
     processors = table.PROCESSORS[arch] // (2 if mix == "mean" else 1)
@@ -249,7 +254,7 @@ def routed_small(
             dict(
                 SA_R=A.stride(0), SA_D=A.stride(1), SR_E=0 if R is None else R.stride(0), SR_D=0 if R is None else
                 R.stride(1), SB_N=B.stride(1), SB_R=B.stride(2), RANK=rank, RP=padded(rank), E=experts,
-                EP=padded(experts), HELD=held, HP=padded_experts(held), MIX=mix, ROUTER=router,
+                EP=padded(experts), HELD=held, HP=padded_experts(held), WIDTH=per_step, MIX=mix, ROUTER=router,
                 HAS_MASK=token_mask is not None, DROPOUT=seed is not None,
                 BM=tile.rows, BK=tile.inner, BN=tile.cols, STAGES=tile.stages,
             ),

@@ -50,6 +50,22 @@ def shrink_rows(
     return total + run, logits
 
 
+@triton.jit
+def router_on_input(
+    x, R, rows, end, D, sx, SR_E: tl.constexpr, SR_D: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`x R^T [BM, EP]`, in the order of `shrink_rows`, by a walk of its own."""
+    experts = tl.arange(0, EP)
+    logits = tl.zeros([BM, EP], tl.float32)
+    for tile in tl.range(0, tl.cdiv(D, BK), num_stages=STAGES):
+        cols = tile * BK + tl.arange(0, BK)
+        x_tile = load_rows(x, rows, cols, sx, end, D)  # [BM, BK]
+        r_tile = load_factor_transposed(R, experts, cols, SR_E, SR_D, E, D).to(x_tile.dtype)  # [BK, EP]
+        logits = product(x_tile, r_tile, logits)
+    return logits
+
+
 @triton.jit(do_not_specialize=["T", "segment", "threshold", "group_rows"])
 def shrink_kernel(
     x, A, R, token_mask, t_out, p_out, sums, counts, seed,

@@ -51,7 +51,11 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (64, _ANY, Tile(64, 128, 128, 4, 3)),
             (128, _ANY, Tile(32, 128, 64, 8, 3)),
         ],
-        4: [(32, _ANY, Tile(16, 64, 64, 4, 5)), (128, _ANY, Tile(16, 64, 64, 8, 2))],
+        4: [
+            (32, _ANY, Tile(16, 32, 64, 4, 9)),
+            (64, _ANY, Tile(16, 32, 32, 4, 3)),
+            (128, _ANY, Tile(32, 32, 64, 8, 3)),
+        ],
     },
     "shrink": {
         2: [
@@ -61,7 +65,7 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (64, _ANY, Tile(64, 128, 0, 4, 3)),
             (_ANY, _ANY, Tile(32, 128, 0, 8, 3)),
         ],
-        4: [(32, _ANY, Tile(16, 64, 0, 4, 5)), (_ANY, _ANY, Tile(16, 64, 0, 8, 2))],
+        4: [(32, _ANY, Tile(16, 32, 0, 4, 9)), (64, _ANY, Tile(16, 32, 0, 4, 3)), (_ANY, _ANY, Tile(32, 32, 0, 8, 3))],
     },
     "expand": {
         2: [
@@ -71,14 +75,16 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
         ],
         4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (64, _ANY, Tile(16, 0, 64, 4, 5)), (128, _ANY, Tile(16, 0, 32, 4, 2))],
     },
-    # All rows of a group (at most 128) in one program, for weights that are their mean.
+    # Weights that are learned, T <= 128: per batch or sample, every program walks all rows of its group.
     "routed_small": {
         2: [
-            (32, _ANY, Tile(128, 128, 64, 8, 3)),
-            (64, _ANY, Tile(128, 64, 64, 8, 3)),
-            (128, _ANY, Tile(128, 64, 64, 8, 2)),
+            (32, 16, Tile(16, 128, 64, 4, 4)),
+            (64, 16, Tile(16, 128, 64, 4, 3)),
+            (128, 16, Tile(16, 128, 64, 4, 2)),
+            (32, _ANY, Tile(64, 128, 64, 8, 3)),
+            (128, _ANY, Tile(32, 128, 64, 8, 2)),
         ],
-        4: [(32, _ANY, Tile(128, 32, 64, 8, 3)), (64, _ANY, Tile(128, 16, 32, 8, 2))],
+        4: [(128, _ANY, Tile(16, 32, 32, 4, 3))],
     },
     # A bank in several steps for each block of rows, which reads it whole: tall blocks.
     "expand_wide": {2: [(_ANY, _ANY, Tile(64, 0, 128, 8, 3))], 4: [(_ANY, _ANY, Tile(64, 0, 64, 8, 2))]},
@@ -161,13 +167,14 @@ _ARCHITECTURE_ROWS: dict[str, dict[str, dict[int, list[tuple[int, int, Tile]]]]]
             2: [
                 (16, 128, Tile(16, 128, 64, 4, 4)),
                 (16, 2048, Tile(16, 128, 128, 4, 4)),
-                (16, 4096, Tile(32, 128, 128, 4, 4)),
+                (32, 4096, Tile(32, 128, 128, 4, 4)),
             ]
         },
         "shrink": {2: [(32, 2048, Tile(16, 128, 0, 4, 4)), (64, 2048, Tile(32, 128, 0, 4, 3))]},
         "up_mixed": {2: [(32, _ANY, Tile(64, 64, 128, 8, 3))]},
     },
     "gfx942": {
+        "residual_add": {4: [(64, _ANY, Tile(16, 32, 32, 2, 2)), (128, _ANY, Tile(16, 32, 32, 2, 2))]},
         "up": {2: [(32, _ANY, Tile(32, 0, 256, 4, 2)), (64, _ANY, Tile(32, 0, 128, 4, 2))]},
         "up_mixed": {
             2: [

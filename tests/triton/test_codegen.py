@@ -112,9 +112,9 @@ def test_the_interpreter_is_refused() -> None:
     assert done.stderr.strip() == f"lowrank-fast codegen: no triton kernels: {reason}"
 
 
-def evaluated(code: str) -> str:
+def evaluated(code: str, **environment: str) -> str:
     """What `code` prints, in a process that does not interpret."""
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     command = [sys.executable, "-c", "from lowrank_fast import codegen, triton_backend as b; " + code]
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True).stdout
 
@@ -146,6 +146,35 @@ def test_a_source_walked_for_another_architecture_gives_the_same_machine_code() 
         "[m.compile_launch(one, 'sm_80') for one in found]; assert m._Source.walked.keys() == walked.keys(); "
         "assert [code(one) for one in found] == first"
     )
+
+
+FLOAT32_FACTS = (
+    "m = b.kernels('machine'); configs = [c for c in codegen.configurations() if {chosen}]; "
+    "found = [(str(c), one) for a in {architectures} for c in configs for one in codegen.launches(c, a) "
+    "for one in m.inspect([one], a)]; assert found; "
+    "bad = [(c, one) for c, one in found if one['spills'] or one['local_accesses'] or one['tensor_ops']]; "
+    "assert not bad, bad"
+)
+
+
+def test_ieee_float32_is_no_matrix_instruction_and_not_taken_from_the_cache_of_the_other() -> None:
+    chosen = "c.dtype == 'float32' and c.op == 'residual' and c.rank == 16 and c.T == 1024"
+    evaluated(FLOAT32_FACTS.format(chosen=chosen, architectures=["sm_90"]), LOWRANK_FAST_TRITON_FLOAT32="ieee")
+    with pytest.raises(subprocess.CalledProcessError):
+        evaluated(FLOAT32_FACTS.format(chosen=chosen, architectures=["sm_90"]))
+
+
+@pytest.mark.slow
+def test_no_ieee_float32_kernel_spills() -> None:
+    chosen, architectures = "c.dtype == 'float32'", ["sm_80", "sm_90", "sm_100"]
+    evaluated(FLOAT32_FACTS.format(chosen=chosen, architectures=architectures), LOWRANK_FAST_TRITON_FLOAT32="ieee")
+
+
+def test_an_unknown_way_to_multiply_float32_is_one_line() -> None:
+    done = run_codegen("--quick", LOWRANK_FAST_TRITON_FLOAT32="tf32")
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("LOWRANK_FAST_TRITON_FLOAT32 must be one of bf16x6, ieee; got 'tf32'")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_crash_of_the_compiler_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,18 @@ other, each rounded as IEEE 754 says.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lowrank_fast import triton_backend as backend
 
+ROOT = Path(__file__).resolve().parents[2]
 TILE = 64
 ROWS = 64
 
@@ -28,11 +33,7 @@ def by_matrix_instructions(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def by_fused_multiply_adds(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Each product is exact in float64, and each sum is rounded to float32."""
-    total = np.zeros((a.shape[0], b.shape[1]), np.float32)
-    for k in range(a.shape[1]):
-        total = (total + a[:, k, None].astype(np.float64) * b[k].astype(np.float64)).astype(np.float32)
-    return total
+    return backend.kernels("interpreter").ieee_product(a, b, np.zeros((a.shape[0], b.shape[1]), np.float32))
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -61,6 +62,24 @@ def test_errors_beside_those_of_ieee_fused_multiply_adds(
         for found in (by_matrix_instructions(a, b), by_fused_multiply_adds(a, b))
     )
     assert ours <= allowed * theirs, (ours, theirs)
+
+
+def test_ieee_products_where_they_are_asked_for() -> None:
+    """In the interpreter, in a process of its own: the choice is made when the kernels are imported."""
+    code = """
+import torch
+from lowrank_fast import triton_backend as b
+x, A = torch.randn(40, 96), torch.randn(16, 96)
+one = b.shrink(x, A, 0.0, None)
+total = torch.zeros(40, 16)
+for tile in range(0, 96, 32):
+    run = torch.from_numpy(b.kernels("interpreter").ieee_product(
+        x[:, tile:tile + 32].numpy(), A[:, tile:tile + 32].T.numpy(), torch.zeros(40, 16).numpy()))
+    total += run
+assert torch.equal(one, total)
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "LOWRANK_FAST_TRITON_FLOAT32": "ieee"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 
 def test_a_single_product_keeps_24_bits() -> None:

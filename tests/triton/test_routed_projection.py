@@ -88,6 +88,17 @@ def test_forward_of_few_and_more_rows(
     check_forward(v, routing, router_input, token_mask=None if routing == "static" else mask, dropout=dropout)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("routing", "router_input"), ROUTINGS)
+def test_few_rows_of_the_widest_rank_with_dropout(
+    arena: Arena, routing: str, router_input: str, dtype: torch.dtype
+) -> None:
+    """Several blocks of rows for one mean; in float32 half of the ranks in one product."""
+    v = problem(arena, routing, router_input, dtype, L=40, rank=128)
+    mask = None if routing == "static" else torch.arange(80).reshape(2, 40) % 3 != 0
+    check_forward(v, routing, router_input, token_mask=mask, dropout=0.2)
+
+
 @pytest.mark.parametrize(
     ("routing", "router_input", "rank", "experts", "dtype"),
     [
@@ -97,6 +108,8 @@ def test_forward_of_few_and_more_rows(
         ("token", "x", 40, 5, torch.float16),
         ("token", "t", 40, 3, torch.float32),
         ("token", "t", 70, 2, torch.float32),
+        ("static", "t", 128, 2, torch.float32),
+        ("token", "x", 128, 2, torch.float32),
     ],
 )
 def test_a_row_does_not_depend_on_how_many_rows_there_are(

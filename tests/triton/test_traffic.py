@@ -76,6 +76,17 @@ def test_small_routed_forward_is_one_launch(routing: str, small: int) -> None:
     assert [launch.name for launch in launches] == ["routed_small_kernel"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("rank", [32, 128])
+@pytest.mark.parametrize("routing", ["batch", "token"])
+def test_small_routed_forward_with_dropout_is_one_launch(routing: str, rank: int, dtype: torch.dtype) -> None:
+    w, b = parameters((1, 128), D, 64, rank, dtype), bank(EXPERTS, D, 64, rank, "x", dtype)
+    seed = torch.tensor([3, 0])
+    arguments = (w["y"], w["x"], w["A"], b["B"], b["R"], None, None, 0.5, routing, "x", 0.1, seed)
+    launches = counted(lambda: backend.routed_projection(*arguments))
+    assert [launch.name for launch in launches] == ["routed_small_kernel"]
+
+
 def test_backward_reads_g_and_x_once_and_writes_dx_once(v: dict[str, Tensor]) -> None:
     results: list[Any] = []
     needs = (True, True, True)
