@@ -15,7 +15,7 @@ import lowrank_fast
 from . import _native, backends
 
 PACKAGES = ("triton", "transformers", "peft")
-VARIABLES = ("LOWRANK_FAST_BACKEND", "LOWRANK_FAST_CPU_ISA", "LOWRANK_FAST_TRITON_FLOAT32", "OMP_NUM_THREADS")
+VARIABLES = ("LOWRANK_FAST_BACKEND", "LOWRANK_FAST_CPU_ISA", "LOWRANK_FAST_TRITON_PRECISION", "OMP_NUM_THREADS")
 
 
 def collect() -> dict[str, Any]:

@@ -37,7 +37,8 @@ def routed_projection(
     mixing = {"mix": "token", "p": p.view(-1, B.shape[0])} if token else {"mix": "weights", "w": w, "groups": groups}
     with backend.Target(out) as target:
         source = plan.as_rows(y)
-        for part in [slice(None)] if token else plan.chunks(A.shape[0]) if target.numel() else []:
+        pieces = [slice(None)] if token else plan.chunks(A.shape[0])  # per token, the kernel walks the ranks itself
+        for part in pieces if target.numel() else []:
             some = plan.as_rows(t)[:, part].contiguous()
             plan.expand("routed_projection", source, some, B[:, :, part], target, scale, **mixing)
             source = target

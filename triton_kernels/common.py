@@ -12,11 +12,11 @@ import os
 import triton
 import triton.language as tl
 
-FLOAT32_VARIABLE = "LOWRANK_FAST_TRITON_FLOAT32"
+PRECISION_VARIABLE = "LOWRANK_FAST_TRITON_PRECISION"
 _PRECISIONS = ("bf16x6", "ieee")
-_precision = os.environ.get(FLOAT32_VARIABLE) or "bf16x6"
+_precision = os.environ.get(PRECISION_VARIABLE) or "bf16x6"
 if _precision not in _PRECISIONS:
-    raise RuntimeError(f"{FLOAT32_VARIABLE} must be one of {', '.join(_PRECISIONS)}; got {_precision!r}")
+    raise RuntimeError(f"{PRECISION_VARIABLE} must be one of {', '.join(_PRECISIONS)}; got {_precision!r}")
 FLOAT32 = tl.constexpr(_precision)  # how float32 values are multiplied; the compiler's cache knows it
 
 
@@ -27,7 +27,7 @@ def product(a, b, acc):
     Float32 operands keep their 24 bits on matrix instructions: each is the sum of three bfloat16 values, six of the
     nine products are summed smallest first (the other three are below 2^-26), and the sum is added to `acc`
     outside the matrix instruction, whose own additions truncate. TF32 would keep 11 bits. IEEE products, which
-    `LOWRANK_FAST_TRITON_FLOAT32=ieee` asks for, have no matrix instruction on NVIDIA: they are fused multiply-adds.
+    `LOWRANK_FAST_TRITON_PRECISION=ieee` asks for, have no matrix instruction on NVIDIA: they are fused multiply-adds.
     """
     return tl.dot(a, b, acc, input_precision=FLOAT32)
 

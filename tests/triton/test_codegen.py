@@ -159,7 +159,7 @@ FLOAT32_FACTS = (
 
 def test_ieee_float32_is_no_matrix_instruction_and_not_taken_from_the_cache_of_the_other() -> None:
     chosen = "c.dtype == 'float32' and c.op == 'residual' and c.rank == 16 and c.T == 1024"
-    evaluated(FLOAT32_FACTS.format(chosen=chosen, architectures=["sm_90"]), LOWRANK_FAST_TRITON_FLOAT32="ieee")
+    evaluated(FLOAT32_FACTS.format(chosen=chosen, architectures=["sm_90"]), LOWRANK_FAST_TRITON_PRECISION="ieee")
     with pytest.raises(subprocess.CalledProcessError):
         evaluated(FLOAT32_FACTS.format(chosen=chosen, architectures=["sm_90"]))
 
@@ -167,13 +167,13 @@ def test_ieee_float32_is_no_matrix_instruction_and_not_taken_from_the_cache_of_t
 @pytest.mark.slow
 def test_no_ieee_float32_kernel_spills() -> None:
     chosen, architectures = "c.dtype == 'float32'", ["sm_80", "sm_90", "sm_100"]
-    evaluated(FLOAT32_FACTS.format(chosen=chosen, architectures=architectures), LOWRANK_FAST_TRITON_FLOAT32="ieee")
+    evaluated(FLOAT32_FACTS.format(chosen=chosen, architectures=architectures), LOWRANK_FAST_TRITON_PRECISION="ieee")
 
 
 def test_an_unknown_way_to_multiply_float32_is_one_line() -> None:
-    done = run_codegen("--quick", LOWRANK_FAST_TRITON_FLOAT32="tf32")
+    done = run_codegen("--quick", LOWRANK_FAST_TRITON_PRECISION="tf32")
     assert done.returncode == 2
-    assert done.stderr.strip().endswith("LOWRANK_FAST_TRITON_FLOAT32 must be one of bf16x6, ieee; got 'tf32'")
+    assert done.stderr.strip().endswith("LOWRANK_FAST_TRITON_PRECISION must be one of bf16x6, ieee; got 'tf32'")
     assert "Traceback" not in done.stderr
 
 

@@ -78,7 +78,7 @@ for tile in range(0, 96, 32):
     total += run
 assert torch.equal(one, total)
 """
-    environment = os.environ | {"TRITON_INTERPRET": "1", "LOWRANK_FAST_TRITON_FLOAT32": "ieee"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "LOWRANK_FAST_TRITON_PRECISION": "ieee"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 

@@ -172,9 +172,10 @@ def test_transposed_bank_is_read_where_it_lies(arena: Arena) -> None:
     check(v, "batch", "t", needs=[True, True, True, True, False])
 
 
+@pytest.mark.parametrize("rank", [3, 130])
 @pytest.mark.parametrize("routing", ["batch", "sample", "token"])
-def test_no_tokens(routing: str) -> None:
-    v = parameters((2, 0), 8, 6, 3, torch.float32) | bank(2, 8, 6, 3, "t", torch.float32)
+def test_no_tokens(routing: str, rank: int) -> None:
+    v = parameters((2, 0), 8, 6, rank, torch.float32) | bank(2, 8, 6, rank, "t", torch.float32)
     check(v, routing, "t", needs=[True, True, True, True, False])
 
 
