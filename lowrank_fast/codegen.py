@@ -79,9 +79,12 @@ def configurations(quick: bool = False) -> list[Config]:
     found += [_config("token", "forward", 8192, 32), _config("batch", "forward", 4096, 16)]
     found += [_config("static", "forward", 8192, 32)]
     found += [_config("batch", "forward", 128, r) for r in (16, 64, 128)]
-    found += [_config("batch", "forward", 128, r, "float32") for r in (16, 128)]
-    found += [_config("token", "forward", 16, r) for r in (16, 64, 128)]
-    found += [_config("token", "forward", 128, 16), _config("token", "forward", 128, 128, "float32")]
+    found += [_config("batch", "forward", 128, r, "float32") for r in (16, 64, 128)]
+    found += [_config("batch", "forward", 16, r) for r in (16, 64, 128)] + [
+        _config("batch", "forward", 16, 16, "float32")
+    ]
+    found += [_config("token", "forward", 128, r) for r in (16, 64, 128)]
+    found += [_config("token", "forward", 128, 128, "float32")]
     found += [_config("batch", "forward", 128, 16, on="x", dropout=True), _config("static", "forward", 128, 16)]
     found += [_config("residual", "forward", 4096, 32, dropout=True)]
     found += [_config(op, "backward", 8192, 16)._replace(d=16384) for op in ("residual", "batch")]
@@ -254,7 +257,7 @@ def compile_all(
 
 def ieee(config: str) -> bool:
     """Whether a configuration, as text, has float32 products for which IEEE arithmetic was asked for."""
-    return " float32" in config and backend.kernels("common").FLOAT32.value == "ieee"
+    return " float32" in config and backend.kernels("common").FLOAT32_PRECISION.value == "ieee"
 
 
 def faults(row: dict[str, Any]) -> list[str]:

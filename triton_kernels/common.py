@@ -17,7 +17,7 @@ _PRECISIONS = ("bf16x6", "ieee")
 _precision = os.environ.get(PRECISION_VARIABLE) or "bf16x6"
 if _precision not in _PRECISIONS:
     raise RuntimeError(f"{PRECISION_VARIABLE} must be one of {', '.join(_PRECISIONS)}; got {_precision!r}")
-FLOAT32 = tl.constexpr(_precision)  # how float32 values are multiplied; the compiler's cache knows it
+FLOAT32_PRECISION = tl.constexpr(_precision)  # of products; the compiler's cache knows it
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def product(a, b, acc):
     outside the matrix instruction, whose own additions truncate. TF32 would keep 11 bits. IEEE products, which
     `LOWRANK_FAST_TRITON_PRECISION=ieee` asks for, have no matrix instruction on NVIDIA: they are fused multiply-adds.
     """
-    return tl.dot(a, b, acc, input_precision=FLOAT32)
+    return tl.dot(a, b, acc, input_precision=FLOAT32_PRECISION)
 
 
 @triton.jit

@@ -7,7 +7,7 @@
   are exact, 16 of them are added to the accumulator at a time, and each sum is truncated to float32: the coarsest that
   NVIDIA's have been found to do (Fasi, Higham, Mikaitis, Pranesh 2021). Float32 operands go through six products of
   bfloat16 terms, in the order in which Triton's `bf16x6` lowers them, added to the accumulator outside, or through
-  fused multiply-adds where `common.FLOAT32` is `ieee`.
+  fused multiply-adds where `common.FLOAT32_PRECISION` is `ieee`.
 * the conversion from float32 to bfloat16, which cuts the lower bits off; repaired, it rounds to nearest even.
 * the exchange of `triton.language` for the interpreter's functions, which takes milliseconds and is done again at every
   call of a device function; repaired, once per launch.
@@ -90,7 +90,7 @@ def ieee_product(a: np.ndarray, b: np.ndarray, acc: np.ndarray) -> np.ndarray:
 
 def _dot(self: Any, a: Any, b: Any, d: Any, *settings: Any) -> Any:
     if a.dtype.scalar == tl.float32:
-        if common.FLOAT32.value == "ieee":
+        if common.FLOAT32_PRECISION.value == "ieee":
             return _interpreter.TensorHandle(ieee_product(a.data, b.data, d.data), tl.float32)
         return _interpreter.TensorHandle(d.data + float32_product(a.data, b.data), tl.float32)
     left, right = (_from_bfloat16(one.data) if one.dtype.scalar == tl.bfloat16 else one.data for one in (a, b))

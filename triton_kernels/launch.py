@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .common import FLOAT32_PRECISION
 from .table import ARCHITECTURES
 
 
@@ -26,14 +27,16 @@ class Launch(NamedTuple):
     def options(self, architecture: str) -> dict[str, Any]:
         """What the compiler is told beside the constants.
 
-        On NVIDIA's, shrinks of ranks up to 64 with float32 products (three parts for each value) or two products of `x`
-        may use all registers: ptxas would spill a few to fit another CTA. Other kernels it schedules better if they
-        may not.
+        On NVIDIA's, up to rank 64, shrinks with float32 products (three parts for each value) or two products of `x`,
+        and all kernels with IEEE products, may use all registers: ptxas would spill a few to fit another CTA. Other
+        kernels it schedules better if they may not.
         """
         options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
         shrinks = self.name in ("residual_add_kernel", "shrink_kernel", "routed_small_kernel")
-        many = self.args[0].dtype is torch.float32 or self.constants.get("ROUTER") == "x"
-        if architecture.startswith("sm_") and shrinks and many and self.constants["RP"] <= 64:
+        float32 = self.args[0].dtype is torch.float32
+        many = shrinks and (float32 or self.constants.get("ROUTER") == "x")
+        ieee = float32 and FLOAT32_PRECISION.value == "ieee"
+        if architecture.startswith("sm_") and (many or ieee) and self.constants["RP"] <= 64:
             options["maxnreg"] = min(255, 65536 // (32 * self.warps))
         return options
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..reference import dropout_threshold
 from . import launch, table
+from .common import FLOAT32_PRECISION
 from .expand import expand_kernel
 from .residual_add import residual_add_kernel
 from .routed_small import routed_small_kernel
@@ -73,8 +74,10 @@ def place(op: str, x: Tensor, *others: Tensor | None) -> str:
 
 
 def pick(kernel: str, arch: str, x: Tensor, width: int, T: int, drop: bool = False, router: str = "none") -> Any:
-    """The row of the launch table; with dropout a shorter tile, because Philox takes registers."""
-    if drop and kernel == "routed_small":
+    """The row of the launch table; a shorter tile with dropout, because Philox takes registers, and where IEEE products
+    of float32 values take them."""
+    ieee = x.dtype is torch.float32 and FLOAT32_PRECISION.value == "ieee"
+    if kernel == "routed_small" and (drop or ieee):
         T = min(T, 16)
     tile = table.row(kernel, arch, x.element_size(), width, T)
     most = 16 if router == "x" and x.element_size() == 2 else 32
@@ -232,7 +235,7 @@ def routed_small(
     (T, D), (experts, N, rank) = x.shape, B.shape
     mix = "weights" if w_in is not None else "token" if w is None else "mean"
     group_rows, width = T // groups, max(padded(rank), padded(experts))
-    kernel = "residual_add" if mix == "weights" else "routed_small"
+    kernel = {"weights": "residual_add", "token": "token_small", "mean": "routed_small"}[mix]
     tile = pick(kernel, arch, x, width, group_rows, seed is not None)
     held, per_step = token_step(experts, rank, y)
     if mix != "token":

@@ -1,7 +1,7 @@
 """Routed projection of few rows (`T <= 128`) in one launch: `out = y + s * sum_e w_e t B_e^T`.
 
 A program owns a run of columns and computes `t`, the router's softmax and the weights by itself, so that none waits
-for another: `x`, which L2 holds, is read once per program.
+for another: it reads `x`, which L2 holds, once (twice for a router on `x` beside dropout or in float32).
 
 * `MIX = "mean"` (routing per batch or sample): the weights are a mean over the rows of a group, so every program of it
   walks all of them, block by block, adds up their probabilities in one order, and keeps the `t` of its own block.

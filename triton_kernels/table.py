@@ -75,14 +75,28 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
         ],
         4: [(32, _ANY, Tile(16, 0, 128, 4, 3)), (64, _ANY, Tile(16, 0, 64, 4, 5)), (128, _ANY, Tile(16, 0, 32, 4, 2))],
     },
-    # Weights that are learned, T <= 128: per batch or sample, every program walks all rows of its group.
+    # T <= 128, weights that are a mean: every program walks all rows of its group, and A once for each block of them.
     "routed_small": {
         2: [
             (32, 16, Tile(16, 128, 64, 4, 4)),
             (64, 16, Tile(16, 128, 64, 4, 3)),
-            (128, 16, Tile(16, 128, 64, 4, 2)),
+            (128, 16, Tile(16, 64, 64, 4, 3)),
             (32, _ANY, Tile(64, 128, 64, 8, 3)),
-            (128, _ANY, Tile(32, 128, 64, 8, 2)),
+            (128, _ANY, Tile(64, 64, 64, 8, 2)),
+        ],
+        4: [
+            (128, 16, Tile(16, 32, 32, 4, 3)),
+            (32, _ANY, Tile(64, 32, 64, 8, 3)),
+            (64, _ANY, Tile(32, 32, 64, 8, 3)),
+            (128, _ANY, Tile(16, 32, 32, 4, 3)),
+        ],
+    },
+    # T <= 128, weights per token.
+    "token_small": {
+        2: [
+            (32, _ANY, Tile(16, 128, 64, 4, 4)),
+            (64, _ANY, Tile(16, 128, 64, 4, 3)),
+            (128, _ANY, Tile(32, 128, 64, 8, 3)),
         ],
         4: [(128, _ANY, Tile(16, 32, 32, 4, 3))],
     },

@@ -166,8 +166,7 @@ def test_ieee_float32_is_no_matrix_instruction_and_not_taken_from_the_cache_of_t
 
 @pytest.mark.slow
 def test_no_ieee_float32_kernel_spills() -> None:
-    """On sm_100 one does: `down_kernel` of token routing at rank 64, 8 bytes."""
-    chosen, architectures = "c.dtype == 'float32'", ["sm_80", "sm_90"]
+    chosen, architectures = "c.dtype == 'float32'", ["sm_80", "sm_90", "sm_100"]
     evaluated(FLOAT32_FACTS.format(chosen=chosen, architectures=architectures), LOWRANK_FAST_TRITON_PRECISION="ieee")
 
 

@@ -64,6 +64,12 @@ def test_errors_beside_those_of_ieee_fused_multiply_adds(
     assert ours <= allowed * theirs, (ours, theirs)
 
 
+def test_a_fused_multiply_add_rounds_once() -> None:
+    """`(1 + 2^-12)^2 - (1 + 2^-11)` is 2^-24, which a product that is rounded first loses."""
+    factor, acc = np.full((1, 1), 1 + 2.0**-12, np.float32), np.full((1, 1), -1 - 2.0**-11, np.float32)
+    assert backend.kernels("interpreter").ieee_product(factor, factor, acc) == 2.0**-24
+
+
 def test_ieee_products_where_they_are_asked_for() -> None:
     """In the interpreter, in a process of its own: the choice is made when the kernels are imported."""
     code = """
