@@ -74,10 +74,11 @@ def place(op: str, x: Tensor, *others: Tensor | None) -> str:
 
 
 def pick(kernel: str, arch: str, x: Tensor, width: int, T: int, drop: bool = False, router: str = "none") -> Any:
-    """The row of the launch table; a shorter tile with dropout, because Philox takes registers, and where IEEE products
-    of float32 values take them."""
-    ieee = x.dtype is torch.float32 and FLOAT32_PRECISION.value == "ieee"
-    if kernel == "routed_small" and (drop or ieee):
+    """The row of the launch table, shorter with dropout, because Philox takes registers; its own tile where IEEE
+    products of float32 values, which are added up in registers, do not fit those of matrix instructions."""
+    if kernel == "routed_small" and x.dtype is torch.float32 and FLOAT32_PRECISION.value == "ieee":
+        return table.IEEE_SMALL
+    if kernel == "routed_small" and drop:
         T = min(T, 16)
     tile = table.row(kernel, arch, x.element_size(), width, T)
     most = 16 if router == "x" and x.element_size() == 2 else 32

@@ -200,6 +200,7 @@ _ARCHITECTURE_ROWS: dict[str, dict[str, dict[int, list[tuple[int, int, Tile]]]]]
     },
 }
 WIDEST = 128  # rank that one launch takes; more comes in several
+IEEE_SMALL = Tile(16, 64, 64, 8, 2)  # of routed_small, for any rank, where float32 products are IEEE's
 # Experts times padded rank that one product of the token-routed expand takes, by element size: both of its operands
 # change from step to step, and a float32 one is three of bfloat16 in registers.
 TOKEN_WIDEST = {2: 128, 4: 64}
