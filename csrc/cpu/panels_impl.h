@@ -12,7 +12,7 @@ using namespace lowrank;
 
 LOWRANK_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-constexpr int64_t kChunkBytes = 64 * 1024;
+constexpr int64_t kChunkBytes = kLanes == 16 ? 128 * 1024 : 64 * 1024;  // of a panel: part of the second-level cache
 
 // Columns of a panel per chunk: a multiple of 64 (the dropout block and every unit), from 128 to 1024.
 LOWRANK_INLINE int64_t chunk_columns(int64_t k, int64_t bytes = kChunkBytes) {

@@ -18,10 +18,13 @@ struct Fetch {  // rows that are wanted in the second-level cache soon
   int64_t stride, rows;
 };
 
-// acc[(row * k + rank) * kLanes ..] (+)= products of `columns` columns, for R rows and C ranks; fetches `Ahead` rows.
+constexpr int kPartOfRow = -1;
+
+// acc[(row * k + rank) * kLanes ..] (+)= products of `columns` columns, for R rows and C ranks. Fetches `Ahead` rows,
+// or part of one: `step` elements for each unit.
 template <class D, class S, int R, int C, int Ahead, class Q = F32>
 LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, PanelOf<typename Q::T> P, int64_t columns,
-                                float* acc, int64_t k, bool accumulate, const S* ahead) {
+                                float* acc, int64_t k, bool accumulate, const S* ahead, int64_t step = 0) {
   V sum[R][C], sum_b[R][C];  // sum_b: only where the unit is split
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -44,6 +47,10 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, PanelOf<
   int64_t d = 0;
   for (; d + kUnit <= columns; d += kUnit, P.data += P.unit) {
     for (int i = 0; i < Ahead; ++i) prefetch_unit(ahead + i * stride + d);
+    if constexpr (Ahead == kPartOfRow) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += step;
+    }
     V a[R];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) a[i] = D::template load_half<0>(x + i * stride + d);
@@ -72,9 +79,12 @@ LOWRANK_INLINE void shrink_passes(const typename D::T* x, int64_t stride, const 
   constexpr int C = R == 1 ? 2 * kShrinkRanks : kShrinkRanks;  // one row alone needs more chains to hide the latency
   const int64_t passes = k / C;
   int64_t rank = 0;
-  for (int64_t pass = 0; pass < passes; ++pass, rank += C)
+  for (int64_t pass = 0; pass < passes; ++pass, rank += C) {
+    const typename D::T* share = ahead + pass * R / passes * stride;
+    if (Ahead == kPartOfRow) share += pass * R % passes * columns / passes;
     shrink_tile<D, typename D::T, R, C, Ahead>(x, stride, panel_from(P, rank, column), columns, acc + rank * kLanes, k,
-                                               accumulate, ahead + pass * R / passes * stride);
+                                               accumulate, share, kUnit * R / passes);
+  }
   for (; rank < k; rank += kShrinkRanks)
     shrink_tile<D, typename D::T, R, kShrinkRanks, 0>(x, stride, panel_from(P, rank, column), columns,
                                                       acc + rank * kLanes, k, accumulate, ahead);
@@ -90,7 +100,9 @@ static void shrink_chunk(const typename D::T* x, int64_t stride, int64_t rows, c
     const typename D::T* next = row + 2 * R > rows && more ? x + columns : x + (row + R) * stride;
     const typename D::T* from = x + row * stride;
     float* sums = acc + row * k * kLanes;
-    if (k >= R * kShrinkRanks)
+    if (k >= 2 * R * kShrinkRanks)
+      shrink_passes<D, R, kPartOfRow>(from, stride, P, column, columns, sums, k, accumulate, next);
+    else if (k >= R * kShrinkRanks)
       shrink_passes<D, R, 1>(from, stride, P, column, columns, sums, k, accumulate, next);
     else
       shrink_passes<D, R, (R + 1) / 2>(from, stride, P, column, columns, sums, k, accumulate, next);

@@ -40,10 +40,11 @@ LOWRANK_INLINE void store(float* p, V v) { *reinterpret_cast<UnalignedV*>(p) = v
 #endif
 #define LOWRANK_OPAQUE(pointer) asm("" : "+r"(pointer))  // keeps the compiler from precomputing every row's address
 
-// sum += a * b. Of 16 registers the compiler would leave one operand in memory, and load it for every product.
+// sum += a * b, in the register of the sum: the compiler would overwrite a factor and copy it back, and of 16 registers
+// leave one operand in memory and load it for every product.
 LOWRANK_INLINE void add_product(V& sum, V a, V b) {
-#if LOWRANK_LANES == 8 && defined(__GNUC__) && !defined(__clang__)
-  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#if LOWRANK_LANES >= 8 && defined(__GNUC__) && !defined(__clang__)
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 #else
   sum += a * b;
 #endif
