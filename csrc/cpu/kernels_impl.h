@@ -22,7 +22,7 @@ namespace {
 using namespace lowrank;
 
 // Multiples of the tiles' rows. Panels are walked from end to end, so that their size does not decide.
-constexpr int64_t kForwardRows = kLanes == 16 ? 32 : 36, kBackwardRows = kLanes == 16 ? 32 : 24;
+constexpr int64_t kForwardRows = kLanes == 16 ? 64 : 36, kBackwardRows = kLanes == 16 ? 32 : 24;
 constexpr int64_t kMostRows = kLanes == 16 ? 64 : 60;
 constexpr int kOuterRanks = kLanes == 16 ? 8 : 4;
 
