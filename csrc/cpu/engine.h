@@ -8,8 +8,8 @@
 
 namespace lowrank {
 
-constexpr int64_t kFewRows = 256;      // up to here both halves read their parameters once, a piece at a time
-constexpr int64_t kPackColumns = 256;  // columns of such a piece, which stays in the first-level cache
+constexpr int64_t kFewRows = 256;       // up to here both halves read their parameters once, a piece at a time
+constexpr int64_t kPackColumns = 1024;  // columns of such a piece, which stays in the first-level cache
 
 struct Shrink {  // t = dropout(x) P^T
   const Rows& x;
@@ -185,6 +185,9 @@ inline void outer_few(const Kernels& table, const Rows& x, int64_t count, const 
       is_panel(targets[0], table.unit))
     return add_up(rows_of_sums(static_cast<float*>(targets[0].data), targets[0].stride_k, table.sum_columns), begin,
                   end);
+  if (count > 0 && !drop.on && targets.size() == 1 && targets[0].data && targets[0].k == k &&
+      table.outer_direct(x.from(0), count, z, targets[0], begin, end))
+    return;
   constexpr int64_t ld = kPackColumns + 16;  // not a power of two: the ranks of a column fall into different sets
   float* memory = workspace(Slot::piece, pad_rank(k) * ld);
   if (count == 0) std::fill_n(memory, pad_rank(k) * ld, 0.0f);

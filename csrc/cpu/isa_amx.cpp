@@ -323,6 +323,8 @@ static bool expand_row(const Matrix*, const Matrix&, const float*, const Factor*
   return false;
 }
 
+static bool outer_direct(const Matrix&, int64_t, const float*, const Factor&, int64_t, int64_t) { return false; }
+
 static int64_t row_floats(int64_t k, int64_t d) { return panel_floats<Layout::rows>(k, d); }
 static Sums rows_in(float* memory, int64_t, int64_t d) { return rows_of_sums(memory, panel_ld(d), kUnit); }
 
@@ -333,9 +335,9 @@ constexpr PanelFormat kPairs = {pairs_floats, pack_pairs, false},
 
 namespace lowrank {
 extern const Kernels kernels_amx;
-const Kernels kernels_amx = {kUnit,      kTileRows,    kTileRows,    kTileRows, kPairs,     kTwice, kUnit,
-                             row_floats, rows_in,      unpack<F32>,  shrink,    shrink_row, expand, expand_row,
-                             outer,      shrink_outer, expand_outer, softmax,   nullptr};
+const Kernels kernels_amx = {kUnit,      kTileRows,    kTileRows,    kTileRows,    kPairs,     kTwice, kUnit,
+                             row_floats, rows_in,      unpack<F32>,  shrink,       shrink_row, expand, expand_row,
+                             outer,      outer_direct, shrink_outer, expand_outer, softmax,    nullptr};
 }  // namespace lowrank
 
 #if defined(__clang__)

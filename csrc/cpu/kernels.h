@@ -109,6 +109,9 @@ struct Kernels {
   // sums (+)= z^T x over columns [begin, end)
   void (*outer)(const Matrix& x, int64_t rows, const float* z, int64_t k, const Sums& sums, bool accumulate,
                 int64_t begin, int64_t end, const Dropout& drop, int64_t first_row);
+  // the same for all rows of a call at once, straight into a parameter's gradient, and with the same bits; false: not
+  // for this gradient
+  bool (*outer_direct)(const Matrix& x, int64_t rows, const float* z, const Factor& f, int64_t begin, int64_t end);
   // shrink and outer over one read of g: u = g P^T (skipped when u is null), sums (+)= z^T g (skipped without memory)
   void (*shrink_outer)(const Matrix& g, int64_t rows, Panel P, int64_t k, float* u, const float* z, int64_t z_k,
                        const Sums& sums, bool accumulate);

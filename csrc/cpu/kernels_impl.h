@@ -29,10 +29,11 @@ constexpr int kOuterRanks = kLanes == 16 ? 8 : 4;
 // ---------------------------------------------------------------------------------------------- outer
 
 // sums (+)= the products of C ranks with N registers of each row at x, of the N * kLanes columns or the first of them;
-// `fetch`: the columns behind them, which are wanted next
-template <class D, int C, int N, bool kWhole>
+// `fetch`: the columns behind them, which are wanted next. Copies the registers to `kept`, if there is one.
+template <class D, int C, int N, bool kWhole, bool kKeep = false>
 LOWRANK_INLINE void outer_tile(const typename D::T* x, int64_t stride, int64_t rows, int64_t columns, const float* z,
-                               int64_t k, float* sums, int64_t step, int64_t group, bool accumulate, bool fetch) {
+                               int64_t k, float* sums, int64_t step, int64_t group, bool accumulate, bool fetch,
+                               float* kept = nullptr) {
   V sum[C][N];
   auto at = [&](int j, int i) { return sums + j / 4 * group + j % 4 * step + i * kLanes; };
 #pragma GCC unroll 8
@@ -50,7 +51,11 @@ LOWRANK_INLINE void outer_tile(const typename D::T* x, int64_t stride, int64_t r
       for (int i = 0; i < N; ++i) a[i] = kWhole ? D::load1(x + i * kLanes) : load1_tail<D>(x, columns);
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) LOWRANK_IN_REGISTER(a[i]);
+    for (int i = 0; i < N; ++i) {
+      LOWRANK_IN_REGISTER(a[i]);
+      if constexpr (kKeep) store(kept + i * kLanes, a[i]);
+    }
+    if constexpr (kKeep) kept += N * kLanes;
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) {
       const V w = broadcast(z[j]);
@@ -64,12 +69,27 @@ LOWRANK_INLINE void outer_tile(const typename D::T* x, int64_t stride, int64_t r
     for (int i = 0; i < N; ++i) store(at(j, i), sum[j][i]);
 }
 
+// Whether a tile of rows is read again from a copy: 16-bit numbers are then converted once, and rows that lie whole
+// pages apart do not push each other out of the first-level cache.
+template <class D>
+LOWRANK_INLINE bool scattered(int64_t stride) {
+  return sizeof(typename D::T) == 2 || stride % 1024 == 0;
+}
+
 // The same for all ranks, of columns [column, column + columns), which begin at x.
 template <class D, int N, bool kWhole, int Columns>
 static void outer_ranks(const typename D::T* x, int64_t stride, int64_t rows, int64_t column, int64_t columns,
                         const float* z, int64_t k, const Sums& sums, bool accumulate) {
   float* to = sums_at<Columns>(sums, 0, column);
   int64_t rank = 0;
+  if (kWhole && k >= 2 * kOuterRanks && scattered<D>(stride)) {
+    float* kept = scratch().rows;
+    outer_tile<D, kOuterRanks, N, kWhole, true>(x, stride, rows, columns, z, k, to, sums.step, sums.group, accumulate,
+                                                true, kept);
+    for (rank = kOuterRanks; rank + kOuterRanks <= k; rank += kOuterRanks)
+      outer_tile<F32, kOuterRanks, N, kWhole>(kept, N * kLanes, rows, columns, z + rank, k, to + rank / 4 * sums.group,
+                                              sums.step, sums.group, accumulate, false);
+  }
   for (; rank + kOuterRanks <= k; rank += kOuterRanks)
     outer_tile<D, kOuterRanks, N, kWhole>(x, stride, rows, columns, z + rank, k, to + rank / 4 * sums.group, sums.step,
                                           sums.group, accumulate, rank == 0);
@@ -116,6 +136,51 @@ static void outer(const Matrix& x, int64_t rows, const float* z, int64_t k, cons
     return;
   }
   outer_chunk<D>(row_of<D>(x, 0, begin), x.stride, rows, begin, end - begin, z, k, sums, accumulate);
+}
+
+// sums over all rows of the products of C columns with N registers of ranks, in the order in which `outer` adds them
+template <int C, int N>
+LOWRANK_INLINE void outer_ranks_tile(const float* x, int64_t stride, int64_t rows, const float* z, int64_t k, float* to,
+                                     int64_t ld) {
+  V sum[C][N] = {};
+  for (int64_t row = 0; row < rows; ++row, x += stride, z += k) {
+    __builtin_prefetch(x + kUnit, 0, 2);
+    V w[N];
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) w[i] = load(z + i * kLanes);
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) {
+      const V a = broadcast(x[c]);
+#pragma GCC unroll 2
+      for (int i = 0; i < N; ++i) add_product(sum[c][i], a, w[i]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < C; ++c, to += ld)
+#pragma GCC unroll 2
+    for (int i = 0; i < N; ++i) store(to + i * kLanes, sum[c][i]);
+}
+
+template <class D>
+static bool outer_direct(const Matrix& x, int64_t rows, const float* z, const Factor& f, int64_t begin, int64_t end) {
+  if constexpr (kLanes == 16 && std::is_same_v<D, F32>) {
+    if (f.dtype != Dtype::f32 || !rank_fastest(f) || f.k % kLanes) return false;
+    auto walk = [&](auto columns, auto registers, int64_t rank) __attribute__((always_inline)) {
+      constexpr int C = decltype(columns)::value, N = decltype(registers)::value;
+      float* to = static_cast<float*>(f.data) + rank;
+      int64_t d = begin;
+      for (; d + C <= end; d += C)
+        outer_ranks_tile<C, N>(row_of<D>(x, 0, d), x.stride, rows, z + rank, f.k, to + d * f.stride_d, f.stride_d);
+      for (; d < end; ++d)
+        outer_ranks_tile<1, N>(row_of<D>(x, 0, d), x.stride, rows, z + rank, f.k, to + d * f.stride_d, f.stride_d);
+    };
+    int64_t rank = 0;
+    for (; rank + 2 * kLanes <= f.k; rank += 2 * kLanes)
+      walk(std::integral_constant<int, 8>{}, std::integral_constant<int, 2>{}, rank);
+    if (rank < f.k) walk(std::integral_constant<int, 16>{}, std::integral_constant<int, 1>{}, rank);
+    return true;
+  }
+  return false;
 }
 
 // ---------------------------------------------------------------------------------------------- the backward pairs
@@ -178,9 +243,9 @@ template <class D>
 constexpr Kernels table() {
   constexpr PanelFormat groups = {panel_floats<Layout::groups>, pack<D, Layout::groups>, !D::even_odd};
   constexpr PanelFormat tiles = {panel_floats<Layout::tiles>, pack<D, Layout::tiles>, !D::even_odd};
-  return {kUnit,         kForwardRows,    kBackwardRows,   kMostRows, groups,        tiles,     kSumColumns<D>,
-          sum_floats<D>, sums_in<D>,      unpack<D>,       shrink<D>, shrink_row<D>, expand<D>, expand_row<D>,
-          outer<D>,      shrink_outer<D>, expand_outer<D>, softmax,   multiply_add};
+  return {kUnit,         kForwardRows,    kBackwardRows,   kMostRows,       groups,        tiles,       kSumColumns<D>,
+          sum_floats<D>, sums_in<D>,      unpack<D>,       shrink<D>,       shrink_row<D>, expand<D>,   expand_row<D>,
+          outer<D>,      outer_direct<D>, shrink_outer<D>, expand_outer<D>, softmax,       multiply_add};
 }
 
 }  // namespace

@@ -130,37 +130,18 @@ LOWRANK_INLINE void pack_unit(const typename S::T* data, const Factor& f, int64_
   }
 }
 
-template <class D, class S>
-LOWRANK_INLINE void store_block(typename S::T* data, const Factor& f, int64_t rank, int64_t d, V* a, V* b) {
-  const int64_t columns = f.d - d, ranks = f.k - rank;
-  if (rank_fastest(f)) {
-    using Order = UnitOrder<D>;
-    transpose(a);
-    transpose(b);
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t da = Order::step * i, db = Order::second + Order::step * i;
-      if (da < columns) store1_tail<S>(data + (d + da) * f.stride_d + rank, ranks, a[i]);
-      if (db < columns) store1_tail<S>(data + (d + db) * f.stride_d + rank, ranks, b[i]);
-    }
-    return;
-  }
-  for (int64_t j = 0; j < kLanes && j < ranks; ++j) {
-    V first = a[j], second = b[j];
-    if (D::even_odd) interleave(a[j], b[j], first, second);
-    typename S::T* p = data + (rank + j) * f.stride_k + d * f.stride_d;
-    if (f.stride_d == 1) {
-      store1_tail<S>(p, columns, first);
-      if (columns > kLanes) store1_tail<S>(p + kLanes, columns - kLanes, second);
-    } else {
-      for (int i = 0; i < kUnit && i < columns; ++i)
-        store1_tail<S>(p + i * f.stride_d, 1, broadcast((i < kLanes ? first : second)[i % kLanes]));
-    }
-  }
-}
-
 // Where a rank begins at a unit of columns.
 LOWRANK_INLINE const float* panel_at(const Panel& P, int64_t rank, int64_t column) {
   return P.data + rank / 4 * P.group + rank % 4 * P.step + column / kUnit * P.unit;
+}
+
+// to(j): where rank `rank` + j begins at a unit of columns.
+LOWRANK_INLINE auto ranks_at(const Panel& P, int64_t rank, int64_t column) {
+  float* group = const_cast<float*>(panel_at(P, rank / 4 * 4, column));
+  return [=, first = uint32_t(rank % 4)](int64_t j) __attribute__((always_inline)) {
+    const uint32_t r = first + uint32_t(j);
+    return group + (r >> 2) * P.group + (r & 3) * P.step;
+  };
 }
 
 // The panel from a rank and a unit of columns on.
@@ -196,7 +177,6 @@ static Panel pack(const Factor* stack, int64_t count, int64_t begin, int64_t end
   for (int64_t i = 0; i < count; ++i) k += stack[i].k;
   Panel panel = panel_in<L>(memory, k, end - begin);
   panel.data -= begin / kUnit * panel.unit;
-  auto at = [&](int64_t rank, int64_t d) { return const_cast<float*>(panel_at(panel, rank, d)); };
   for (int64_t i = 0; i < count; offset += stack[i++].k) {  // the zeros behind the last factor are the padding
     const Factor& f = stack[i];
     const int64_t ranks = i + 1 < count ? f.k : pad_rank(k) - offset;
@@ -204,7 +184,7 @@ static Panel pack(const Factor* stack, int64_t count, int64_t begin, int64_t end
       for (int64_t d = begin; d < end; d += kUnit)
         for (int64_t rank = 0; rank < ranks; rank += kLanes)
           pack_unit<D, decltype(dtype)>(data, f, rank, d, ranks - rank < kLanes ? ranks - rank : kLanes,
-                                        [&](int64_t j) { return at(offset + rank + j, d); });
+                                        ranks_at(panel, offset + rank, d));
     });
   }
   return panel;
@@ -229,25 +209,54 @@ static Sums sums_in(float* memory, int64_t k, int64_t) {
   return {memory, kSumColumns<D>, 4 * kSumColumns<D>, pad_rank(k) * kSumColumns<D>};
 }
 
+// add(j, half): the total of rank `rank` + j in one half of the unit at d -> the factor.
+template <class D, class S, class Add>
+LOWRANK_INLINE void unpack_unit(typename S::T* data, const Factor& f, int64_t rank, int64_t d, const Add& add) {
+  const int64_t columns = f.d - d, ranks = f.k - rank < kLanes ? f.k - rank : kLanes;
+  if (rank_fastest(f)) {  // one register of the unit at a time, as in pack_unit
+    using Order = UnitOrder<D>;
+    for (int half = 0; half < 2; ++half) {
+      V v[kLanes];
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) v[j] = j < ranks ? add(j, half) : V{};
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t column = half * Order::second + Order::step * i;
+        if (column < columns) store1_tail<S>(data + (d + column) * f.stride_d + rank, ranks, v[i]);
+      }
+    }
+    return;
+  }
+  for (int64_t j = 0; j < ranks; ++j) {
+    V first = add(j, 0), second = add(j, 1);
+    if (D::even_odd) {
+      const V even = first, odd = second;
+      interleave(even, odd, first, second);
+    }
+    typename S::T* p = data + (rank + j) * f.stride_k + d * f.stride_d;
+    if (f.stride_d == 1) {
+      store1_tail<S>(p, columns, first);
+      if (columns > kLanes) store1_tail<S>(p + kLanes, columns - kLanes, second);
+    } else {
+      for (int i = 0; i < kUnit && i < columns; ++i)
+        store1_tail<S>(p + i * f.stride_d, 1, broadcast((i < kLanes ? first : second)[i % kLanes]));
+    }
+  }
+}
+
 template <class D>
 static void unpack(const Sums& sums, int64_t first_rank, int64_t count, int64_t distance, const Factor& f,
                    int64_t begin, int64_t end) {
   with_dtype(f, [&](auto dtype, auto* data) {
     for (int64_t d = begin; d < end; d += kUnit)
-      for (int64_t rank = 0; rank < f.k; rank += kLanes) {
-        V a[kLanes] = {}, b[kLanes] = {};
-        for (int64_t j = 0; j < kLanes && rank + j < f.k; ++j) {
-          const float* p = sums_at<kSumColumns<D>>(sums, first_rank + rank + j, d);
-          const float* q = sums_at<kSumColumns<D>>(sums, first_rank + rank + j, d + kLanes);
-          a[j] = load(p);
-          b[j] = load(q);
-          for (int64_t i = 1; i < count; ++i) {
-            a[j] += load(p + i * distance);
-            b[j] += load(q + i * distance);
-          }
-        }
-        store_block<D, decltype(dtype)>(data, f, rank, d, a, b);
-      }
+      for (int64_t rank = 0; rank < f.k; rank += kLanes)
+        unpack_unit<D, decltype(dtype)>(data, f, rank, d, [&](int64_t j, int half) __attribute__((always_inline)) {
+          const float* p = sums_at<kSumColumns<D>>(sums, first_rank + rank + j, d + half * kLanes);
+          V sum = load(p);
+          for (int64_t i = 1; i < count; ++i) sum += load(p + i * distance);
+          return sum;
+        });
   });
 }
 

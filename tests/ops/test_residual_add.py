@@ -33,10 +33,16 @@ def test_every_mask_of_needed_gradients(backend, dtype, needs):
 
 
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), MIXED, ids=str)
-@pytest.mark.parametrize("rank", [1, 2, 3, 8, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("rank", [1, 2, 3, 8, 16, 17, 32, 33, 48, 64])
 def test_every_rank_and_parameter_dtype(backend, dtype, parameter_dtype, rank):
     problem = ResidualAdd((67,), 130, 97, rank, dtype, parameter_dtype, needs=frozenset("yxAB"), seed=rank)
     problem.assert_solved_by(backend)
+
+
+@pytest.mark.parametrize("rows", [70, 300])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_rows_that_lie_whole_pages_apart(backend, dtype, rows):
+    ResidualAdd((rows,), 1024, 2048, 32, dtype, dtype, needs=frozenset("yxAB")).assert_solved_by(backend)
 
 
 @pytest.mark.parametrize("layout", [*ACTIVATION_LAYOUTS, "expanded"])
