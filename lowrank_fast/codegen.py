@@ -86,6 +86,7 @@ def configurations(quick: bool = False) -> list[Config]:
     found += [_config("token", "forward", 128, r) for r in (16, 64, 128)]
     found += [_config("token", "forward", 128, 128, "float32")]
     found += [_config("batch", "forward", 128, 16, on="x", dropout=True), _config("static", "forward", 128, 16)]
+    found += [_config("batch", "forward", 128, r, "float32", on="x", dropout=True) for r in (64, 128)]
     found += [_config("residual", "forward", 4096, 32, dropout=True)]
     found += [_config(op, "backward", 8192, 16)._replace(d=16384) for op in ("residual", "batch")]
     found += [_config("residual", way, 8192, 128) for way in both]

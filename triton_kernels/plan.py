@@ -76,9 +76,13 @@ def place(op: str, x: Tensor, *others: Tensor | None) -> str:
 def pick(kernel: str, arch: str, x: Tensor, width: int, T: int, drop: bool = False, router: str = "none") -> Any:
     """The row of the launch table, shorter with dropout, because Philox takes registers; its own tile where IEEE
     products of float32 values, which are added up in registers, do not fit those of matrix instructions."""
-    if kernel == "routed_small" and x.dtype is torch.float32 and FLOAT32_PRECISION.value == "ieee":
+    float32 = x.dtype is torch.float32
+    if kernel == "routed_small" and float32 and FLOAT32_PRECISION.value == "ieee":
         return table.IEEE_SMALL
-    if kernel == "routed_small" and drop:
+    if kernel == "routed_small" and float32 and width > 64:
+        # Beside a router on x only the short tile fits without dropout; with it, the tall one.
+        T = table.SMALL if drop else min(T, 16) if router == "x" else T
+    elif kernel == "routed_small" and drop and not (float32 and width > 32):
         T = min(T, 16)
     tile = table.row(kernel, arch, x.element_size(), width, T)
     most = 16 if router == "x" and x.element_size() == 2 else 32
@@ -237,7 +241,7 @@ def routed_small(
     mix = "weights" if w_in is not None else "token" if w is None else "mean"
     group_rows, width = T // groups, max(padded(rank), padded(experts))
     kernel = {"weights": "residual_add", "token": "token_small", "mean": "routed_small"}[mix]
-    tile = pick(kernel, arch, x, width, group_rows, seed is not None)
+    tile = pick(kernel, arch, x, width, group_rows, seed is not None, router)
     held, per_step = token_step(experts, rank, y)
     if mix != "token":
         held, per_step = 1, per_step if mix == "mean" else padded(rank)

@@ -88,7 +88,7 @@ _ROWS: dict[str, dict[int, list[tuple[int, int, Tile]]]] = {
             (128, 16, Tile(16, 32, 32, 4, 3)),
             (32, _ANY, Tile(64, 32, 64, 8, 3)),
             (64, _ANY, Tile(32, 32, 64, 8, 3)),
-            (128, _ANY, Tile(16, 32, 32, 4, 3)),
+            (128, _ANY, Tile(32, 32, 64, 8, 2)),
         ],
     },
     # T <= 128, weights per token.
