@@ -74,13 +74,17 @@ def place(op: str, x: Tensor, *others: Tensor | None) -> str:
 
 
 def pick(kernel: str, arch: str, x: Tensor, width: int, T: int, drop: bool = False, router: str = "none") -> Any:
-    """The row of the launch table, shorter with dropout, because Philox takes registers; its own tile where IEEE
-    products of float32 values, which are added up in registers, do not fit those of matrix instructions."""
+    """The row of the launch table for `x [T, d_in]` and a padded rank, or number of experts, `width`.
+
+    Philox (`drop`) and a router on x take registers beside the products, so that some kernels get the row of fewer
+    tokens, or at most 32 rows to a tile. IEEE products of float32 values, which are added up in registers, have a tile
+    of their own."""
     float32 = x.dtype is torch.float32
     if kernel == "routed_small" and float32 and FLOAT32_PRECISION.value == "ieee":
         return table.IEEE_SMALL
     if kernel == "routed_small" and float32 and width > 64:
-        # Beside a router on x only the short tile fits without dropout; with it, the tall one.
+        # Found by compiling for every architecture: with dropout the tall tile does not spill, and the short one does
+        # on sm_100; without, a router on x spills in the tall one.
         T = table.SMALL if drop else min(T, 16) if router == "x" else T
     elif kernel == "routed_small" and drop and not (float32 and width > 32):
         T = min(T, 16)

@@ -10,7 +10,7 @@ namespace lowrank {
 
 constexpr int64_t kFewRows = 256;       // up to here both halves read their parameters once, a piece at a time
 constexpr int64_t kPackColumns = 1024;  // columns of such a piece, which stays in the second-level cache
-constexpr int64_t kSumColumns = 256;    // columns of a piece of sums, which stays in the first
+constexpr int64_t kSumsPiece = 256;     // columns of a piece of sums, which stays in the first
 
 struct Shrink {  // t = dropout(x) P^T
   const Rows& x;
@@ -189,11 +189,11 @@ inline void outer_few(const Kernels& table, const Rows& x, int64_t count, const 
   if (count > 0 && !drop.on && targets.size() == 1 && targets[0].data && targets[0].k == k &&
       table.outer_direct(x.from(0), count, z, targets[0], begin, end))
     return;
-  constexpr int64_t ld = kSumColumns + 16;  // not a power of two: the ranks of a column fall into different sets
+  constexpr int64_t ld = kSumsPiece + 16;  // not a power of two: the ranks of a column fall into different sets
   float* memory = workspace(Slot::piece, pad_rank(k) * ld);
   if (count == 0) std::fill_n(memory, pad_rank(k) * ld, 0.0f);
-  for (; begin < end; begin += kSumColumns) {
-    const int64_t stop = std::min(begin + kSumColumns, end);
+  for (; begin < end; begin += kSumsPiece) {
+    const int64_t stop = std::min(begin + kSumsPiece, end);
     const Sums sums = rows_of_sums(memory - begin, ld, table.sum_columns);
     add_up(sums, begin, stop);
     store_factors(table, targets, sums, 1, 0, begin, stop);
