@@ -4,27 +4,14 @@
 // the same by the same ops and has the sentences for errors.
 #include "eager.h"
 
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "autograd.h"
 #include "checks.h"
 
 namespace lowrank {
 namespace {
-
-using at::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 std::tuple<Tensor, Tensor> forward_op(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, double scale,
                                       bool save_t) {
@@ -82,22 +69,7 @@ struct ResidualAdd : torch::autograd::Function<ResidualAdd> {
       if (need_A) found[2] = dA;
       if (need_B) found[3] = dB;
     }
-    return at::GradMode::is_enabled() && g.requires_grad() ? refusing_to_go_on(found) : found;
-  }
-
-  // As `once_differentiable` does: the gradients are there, differentiating them raises.
-  static variable_list refusing_to_go_on(const variable_list& gradients) {
-    variable_list found;
-    for (const Tensor& gradient : gradients) {
-      if (!gradient.defined()) {
-        found.emplace_back();
-        continue;
-      }
-      const auto error = std::make_shared<torch::autograd::DelayedError>(
-          "trying to differentiate twice a function that is differentiable once: residual_add", 1);
-      found.push_back((*error)({gradient.detach().requires_grad_()})[0]);
-    }
-    return found;
+    return differentiable_once("residual_add", gradients, found);
   }
 };
 
@@ -116,14 +88,6 @@ bool overwritable(const Tensor& out, const Tensor& y, std::initializer_list<cons
   for (const Tensor* input : read)
     if (!input->is_contiguous() || !apart(out, *input)) return false;
   return true;
-}
-
-// No mode, transform or tracer between the caller and the kernels.
-bool nothing_watches() {
-  constexpr c10::DispatchKeySet usual(
-      {c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
-  return (c10::impl::tls_local_dispatch_key_set().included_ - usual).empty() &&
-         at::impl::PythonTorchFunctionTLS::stack_len() == 0;
 }
 
 PyObject* call(PyObject* const* arguments, Py_ssize_t count) {

@@ -5,6 +5,7 @@
 
 namespace lowrank {
 
-void add_eager_functions(PyObject* module);
+void add_eager_functions(PyObject* module);   // residual_add
+void add_frozen_functions(PyObject* module);  // what lowrank_fast/nn/frozen.py is made of
 
 }  // namespace lowrank

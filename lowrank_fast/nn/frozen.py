@@ -15,6 +15,9 @@ alias of x, and every frozen layer that reads x takes the alias of the one befor
 
 The aliases are never handed out, so nobody else holds the buffers that are written in place. `y` is a fresh tensor
 of this step's own, so the update goes into it in place whatever produced `x`.
+
+csrc/cpu/frozen.cpp holds both nodes once more, for plain calls: after a GEMM the caches are cold, and a step of Python
+costs tens of microseconds.
 """
 
 from __future__ import annotations
@@ -109,7 +112,10 @@ class Hidden:
 def shrink_rows(x: Tensor, blocks: Sequence[Tensor], dropout_p: float = 0.0) -> Hidden:
     """`dropout(x) A_i^T` for row blocks `A_i [r_i, d_in]` of one dtype, in one pass over `x [.., d_in]`."""
     matched = [dtype_for(block, x) for block in blocks]
-    if torch.is_grad_enabled():
+    plain = None if backends.eager is None or dropout_p > 0.0 else backends.eager.shrink_rows(x, *matched)
+    if plain is not None:
+        t, alias = plain
+    elif torch.is_grad_enabled():
         checks.single("shrink", "x", x)
         for block in matched:
             checks.down("shrink", block, x)
@@ -174,10 +180,9 @@ def frozen_linear(base: nn.Linear, source: Hidden, hidden: Tensor, up: Tensor, s
         base: what `frozen_linear_of` accepted for that x.
         hidden: `[.., k]` in the dtype of `source.parts`. up: `[d_out, k]`, any strides.
     """
-    x = source.reader[0]
-    y, alias = _FrozenLinear.apply(
-        x, hidden, dtype_for(up, x), base.weight, base.bias, float(scale), backends.select(x)
-    )
+    x, up, weight, bias, scale = source.reader[0], dtype_for(up, source.reader[0]), base.weight, base.bias, float(scale)
+    plain = None if backends.eager is None else backends.eager.frozen_linear(x, hidden, up, weight, bias, scale)
+    y, alias = plain or _FrozenLinear.apply(x, hidden, up, weight, bias, scale, backends.select(x))
     if x.requires_grad:
         source.reader[0] = alias
     return y

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowrank_fast import backends
 from lowrank_fast.nn.frozen import frozen_linear, frozen_linear_of, shrink_rows
 
 Branches = list[tuple[nn.Linear, torch.Tensor, torch.Tensor]]
@@ -160,11 +161,84 @@ def test_frozen_factors_get_no_gradient_and_x_is_not_kept_for_them() -> None:
     assert torch.allclose(dx, expected, rtol=1e-4)
 
 
-def test_double_backward_is_a_clear_error() -> None:
-    members, x = branches((6,)), x_of(7, 10)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_double_backward_is_a_clear_error(dtype: torch.dtype) -> None:
+    members, x = branches((6,), dtype=dtype), x_of(7, 10, dtype=dtype)
     (dx,) = torch.autograd.grad(loss(fused(x, members)), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|differentiated twice"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|differentiated? twice"):
         dx.sum().backward()
+
+
+CPP = pytest.mark.skipif(backends.eager is None, reason="the C++ extension is not built")
+
+
+def in_python(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "eager", None)
+        return run()
+
+
+@CPP
+@pytest.mark.parametrize(
+    ("x_trained", "trained"),
+    [(True, "all"), (True, "A"), (True, "B"), (True, "none"), (False, "all"), (False, "A"), (False, "B")],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(10,), (7, 10), (2, 5, 10)])
+def test_the_nodes_in_cpp_give_the_bits_of_those_in_python(
+    shape: tuple[int, ...],
+    bias: bool,
+    dtype: torch.dtype,
+    x_trained: bool,
+    trained: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    members, x = branches((10, 4, 12), bias, dtype), x_of(*shape, dtype=dtype).detach().requires_grad_(x_trained)
+    for _, A, B in members:
+        A.requires_grad_(trained in ("all", "A"))
+        B.requires_grad_(trained in ("all", "B"))
+    wanted = [t for t in (x, *(t for _, A, B in members for t in (A, B))) if t.requires_grad]
+
+    def run(used: tuple[int, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        outputs = fused(x, members)
+        total = loss([outputs[i] for i in used])
+        found = torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else ()
+        return outputs, list(found)
+
+    for used in ((0, 1, 2), (0,), (2,), (0, 2)):
+        (outputs, found), (others, expected) = run(used), in_python(lambda u=used: run(u), monkeypatch)
+        assert [y.grad_fn.name() for y in outputs] != [y.grad_fn.name() for y in others], "both ran the same node"
+        assert all(torch.equal(a, b) for a, b in zip(outputs, others, strict=True))
+        for a, b in zip(found, expected, strict=True):
+            assert a is b is None or torch.equal(a, b)
+
+
+@CPP
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda A: A[:, :9],
+        lambda A: A[:0],
+        lambda A: A[0],
+        lambda A: A.to(torch.float64),
+        lambda A: A.to(torch.int32),
+    ],
+    ids=["width", "no rank", "one dimension", "float64", "integers"],
+)
+def test_what_is_wrong_has_the_same_error_with_cpp_nodes(
+    wrong: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, A = x_of(7, 10, dtype=torch.float32), wrong(torch.randn(3, 10))
+
+    def run() -> str:
+        try:
+            shrink_rows(x, [A])
+        except (TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "no error"
+
+    assert run() == in_python(run, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

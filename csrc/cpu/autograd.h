@@ -1,0 +1,51 @@
+// What the autograd nodes written in C++ share.
+#pragma once
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+
+namespace lowrank {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// No mode, transform or tracer between the caller and the kernels.
+inline bool nothing_watches() {
+  constexpr c10::DispatchKeySet usual(
+      {c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
+  return (c10::impl::tls_local_dispatch_key_set().included_ - usual).empty() &&
+         at::impl::PythonTorchFunctionTLS::stack_len() == 0;
+}
+
+// As `once_differentiable` does: what a backward found from `gradients`, which raises when it is differentiated.
+inline variable_list differentiable_once(const char* name, const variable_list& gradients, const variable_list& found) {
+  bool recorded = false;
+  for (const Tensor& gradient : gradients) recorded |= gradient.defined() && gradient.requires_grad();
+  if (!recorded || !at::GradMode::is_enabled()) return found;
+  variable_list refusing;
+  for (const Tensor& gradient : found) {
+    if (!gradient.defined()) {
+      refusing.emplace_back();
+      continue;
+    }
+    const auto error = std::make_shared<torch::autograd::DelayedError>(
+        std::string("trying to differentiate twice a function that is differentiable once: ") + name, 1);
+    refusing.push_back((*error)({gradient.detach().requires_grad_()})[0]);
+  }
+  return refusing;
+}
+
+}  // namespace lowrank
