@@ -18,10 +18,10 @@ void add_into(const Tensor& out_tensor, const Tensor& y_tensor, const Tensor& t_
   const Rows y = rows_of(y_tensor), out = rows_of(out_tensor);
   const Factor up = factor_of(B, 0, y.matrix.cols);
   const int64_t k = up.k, padded = pad_rank(k);
-  const Tensor t = hidden_rows(t_tensor, y.count, k);
+  const Rows t = rows_of(t_tensor.to(at::kFloat));
   const Expand second{&y, out, PanelSource(up, dtype_of(y_tensor), Use::expand), k, {}};
   forward(y.count, nullptr, &second, [&](int64_t row, int64_t rows, const float*, float* z) {
-    scaled(t.data_ptr<float>() + row * k, k, rows, k, static_cast<float>(scale), z, padded);
+    scaled(t.floats(row), t.matrix.stride, rows, k, static_cast<float>(scale), z, padded);
   });
   if (!out.owner.is_same(out_tensor)) out_tensor.copy_(out.owner);
 }
@@ -51,12 +51,12 @@ std::tuple<Tensor, Tensor> expand_add_backward(const Tensor& g_tensor, const Ten
   Tensor dt = need_dt ? hidden(g_tensor, k) : at::empty({0}, g_tensor.options().dtype(at::kFloat));
   Tensor dB = need_dB ? at::empty_like(B) : empty_result(B);
   if (!need_dt && !need_dB) return {dt, dB};
-  const Tensor t = need_dB ? hidden_rows(t_tensor, g.count, k) : Tensor();
+  const Rows t = need_dB ? rows_of(t_tensor.to(at::kFloat)) : Rows{};
   const PanelSource B_panel(up, dtype_of(g_tensor), Use::shrink);
   const ShrinkOuter first{g, need_dt ? &B_panel : nullptr, target(need_dB, dB, 0, g.matrix.cols), k, k};
   backward(
       g.count, &first, nullptr,
-      [&](int64_t row, int64_t rows, float* z) { scaled(t.data_ptr<float>() + row * k, k, rows, k, s, z, padded); },
+      [&](int64_t row, int64_t rows, float* z) { scaled(t.floats(row), t.matrix.stride, rows, k, s, z, padded); },
       [&](int64_t row, int64_t rows, const float* v, float*) {
         if (v) scaled(v, padded, rows, k, s, dt.data_ptr<float>() + row * k, k);
       });

@@ -38,6 +38,7 @@ struct Rows {
   const void* at(int64_t row) const {
     return static_cast<const char*>(matrix.data) + row * matrix.stride * owner.element_size();
   }
+  const float* floats(int64_t row) const { return static_cast<const float*>(at(row)); }  // of a float32 tensor
   Rows slice(int64_t row, int64_t rows) const { return {owner, from(row), rows}; }
   Matrix from(int64_t row) const { return {const_cast<void*>(at(row)), matrix.stride, matrix.cols}; }
 };

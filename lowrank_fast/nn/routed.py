@@ -43,7 +43,8 @@ def routed_update(
     `weights`, and dtypes are matched to `y`.
     """
     if B.shape[0] == 1 and R is None and weights is None:
-        up = B[0].detach() if active is False else B[0]
+        up = B.squeeze(0)
+        up = up.detach() if active is False else up
         if isinstance(active, Tensor):
             up = torch.where(active, up, up.detach())
         return residual_update(y, x, A, up, scale, dropout_p=dropout_p, training=training)
@@ -107,7 +108,7 @@ def branch(
         if weights is not None:
             return t, torch.tensordot(weights.to(t.dtype), B.to(t.dtype), dims=1)
         if logits is None and R is None:
-            return t, B[0]
+            return t, B.squeeze(0)  # a view: the gradient of B[0] would be a copy among zeros
         if logits is None:
             assert R is not None
             if routing == "batch":
