@@ -57,4 +57,5 @@ PYBIND11_MODULE(_C, m) {
         "False where the kernels of this dtype multiply with more than vector registers.");
   lowrank::add_eager_functions(m.ptr());
   lowrank::add_frozen_functions(m.ptr());
+  lowrank::add_mixing_functions(m.ptr());
 }

@@ -1,10 +1,13 @@
-// What the autograd nodes written in C++ share.
+// What the autograd nodes written in C++ and their Python functions share.
 #pragma once
+
+#include <Python.h>
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <memory>
 #include <optional>
@@ -28,6 +31,20 @@ inline bool nothing_watches() {
       {c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
   return (c10::impl::tls_local_dispatch_key_set().included_ - usual).empty() &&
          at::impl::PythonTorchFunctionTLS::stack_len() == 0;
+}
+
+// Tensors of no subclass, on one device, and nothing watches.
+inline bool plain(PyObject* const* arguments, Py_ssize_t count) {
+  for (Py_ssize_t i = 0; i < count; ++i)
+    if (!THPVariable_CheckExact(arguments[i]) ||
+        THPVariable_Unpack(arguments[i]).device() != THPVariable_Unpack(arguments[0]).device())
+      return false;
+  return nothing_watches();
+}
+
+// A function for PyMethodDef with METH_FASTCALL.
+inline PyCFunction fastcall(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
 // As `once_differentiable` does: what a backward found from `gradients`, which raises when it is differentiated.

@@ -5,7 +5,6 @@
 #include "eager.h"
 
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include "autograd.h"
 #include "checks.h"
@@ -129,7 +128,7 @@ PyObject* residual_add(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
 }
 
 PyMethodDef methods[] = {
-    {"residual_add", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(residual_add)), METH_FASTCALL,
+    {"residual_add", fastcall(residual_add), METH_FASTCALL,
      "residual_add(y, x, A, B, scale, inplace, out): the result, or None where this is not a plain call."},
     {nullptr, nullptr, 0, nullptr}};
 

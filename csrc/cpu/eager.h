@@ -6,6 +6,7 @@
 namespace lowrank {
 
 void add_eager_functions(PyObject* module);   // residual_add
-void add_frozen_functions(PyObject* module);  // what lowrank_fast/nn/frozen.py is made of
+void add_frozen_functions(PyObject* module);  // the nodes of lowrank_fast/nn/frozen.py
+void add_mixing_functions(PyObject* module);  // and of lowrank_fast/nn/mixing.py
 
 }  // namespace lowrank

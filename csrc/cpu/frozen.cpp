@@ -3,7 +3,6 @@
 // and why `dx` may be written in place, stand there; whatever is not plain is left to its functions, which compute the
 // same by the same ops.
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
 #include "autograd.h"
@@ -128,15 +127,6 @@ struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
   }
 };
 
-// Tensors of no subclass, on one device.
-bool plain(PyObject* const* arguments, Py_ssize_t count) {
-  for (Py_ssize_t i = 0; i < count; ++i)
-    if (!THPVariable_CheckExact(arguments[i]) ||
-        THPVariable_Unpack(arguments[i]).device() != THPVariable_Unpack(arguments[0]).device())
-      return false;
-  return nothing_watches() && at::GradMode::is_enabled();
-}
-
 bool factor_beside(const Tensor& factor, const Tensor& x) {
   return factor.dim() == 2 && factor.numel() > 0 &&
          (factor.scalar_type() == x.scalar_type() || factor.scalar_type() == at::kFloat);
@@ -149,7 +139,7 @@ PyObject* pair_of(const variable_list& outputs) {
 
 PyObject* shrink_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count < 2 || !plain(arguments, count)) Py_RETURN_NONE;
+  if (count < 2 || !at::GradMode::is_enabled() || !plain(arguments, count)) Py_RETURN_NONE;
   const Tensor& x = THPVariable_Unpack(arguments[0]);
   std::vector<Tensor> blocks;
   for (Py_ssize_t i = 1; i < count; ++i) blocks.push_back(THPVariable_Unpack(arguments[i]));
@@ -168,7 +158,8 @@ PyObject* shrink_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 PyObject* frozen_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 6 || !PyFloat_CheckExact(arguments[5]) || !plain(arguments, arguments[4] == Py_None ? 4 : 5))
+  if (count != 6 || !PyFloat_CheckExact(arguments[5]) || !at::GradMode::is_enabled() ||
+      !plain(arguments, arguments[4] == Py_None ? 4 : 5))
     Py_RETURN_NONE;
   const Tensor &x = THPVariable_Unpack(arguments[0]), &hidden = THPVariable_Unpack(arguments[1]),
                &up = THPVariable_Unpack(arguments[2]), &weight = THPVariable_Unpack(arguments[3]);
@@ -181,11 +172,6 @@ PyObject* frozen_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count)
   }
   return pair_of(outputs);
   END_HANDLE_TH_ERRORS
-}
-
-template <class F>
-PyCFunction fastcall(F function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
 PyMethodDef methods[] = {{"shrink_rows", fastcall(shrink_rows), METH_FASTCALL,

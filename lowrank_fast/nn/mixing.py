@@ -5,7 +5,8 @@
     dB_e = w_e d_up        dR = dlogits^T t     dt = dlogits R
 
 The bank is read as a matrix [E, d_out k] in the order in which it lies in memory, so nothing is permuted or copied,
-and the E gradients are written once, as an outer product, in that order.
+and the E gradients are written once, as an outer product, in that order. csrc/cpu/mixing.cpp holds the node once more,
+for plain calls.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import backends
 from .inplace import without_autocast
 
 
@@ -78,6 +80,8 @@ def mixed_bank(t: Tensor, R: Tensor, B: Tensor, mask: Tensor | None = None) -> T
     `B [E, d_out, r]`: the bank, any dtype; dense in either order of its last two dimensions, else it is copied.
     `mask` (bool, one per token): False for tokens that the mean leaves out.
     """
-    with without_autocast(t.device.type):
-        up: Tensor = _MixedBank.apply(t, R, B, mask)
+    up: Tensor | None = None if backends.eager is None else backends.eager.mixed_bank(t, R, B, mask)
+    if up is None:
+        with without_autocast(t.device.type):
+            up = _MixedBank.apply(t, R, B, mask)
     return up

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowrank_fast import backends
 from lowrank_fast.nn.mixing import mixed_bank
+
+
+@pytest.fixture(autouse=True, params=["C++", "Python"])
+def node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds of both nodes."""
+    if request.param == "Python":
+        monkeypatch.setattr(backends, "eager", None)
+    elif backends.eager is None:
+        pytest.skip("the C++ extension is not built")
 
 
 def plain(t: torch.Tensor, R: torch.Tensor, B: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -79,3 +89,27 @@ def test_forward_and_backward_inside_autocast_have_the_bits_of_those_outside() -
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = torch.autograd.grad(mixed_bank(*tensors).square().sum(), tensors)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(backends.eager is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_nodes_give_the_same_bits(dtype: torch.dtype, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    t, R = torch.randn(3, 41, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    bank = torch.randn(32, 24).to(dtype).requires_grad_()
+    mask = torch.rand(3, 41) < 0.7 if masked else None
+    runs = []
+    for eager in (backends._native.module(), None):
+        monkeypatch.setattr(backends, "eager", eager)
+        up = mixed_bank(t, R, bank.view(4, 8, 24).transpose(1, 2), mask)
+        runs.append((up.grad_fn.name(), up, *torch.autograd.grad(up.square().sum(), [t, R, bank])))
+    assert runs[0][0] != runs[1][0], "both ran the same node"
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1:], runs[1][1:], strict=True))
+
+
+def test_double_backward_is_a_clear_error() -> None:
+    t, R, B = (torch.randn(*shape, requires_grad=True) for shape in ((9, 3), (2, 3), (2, 8, 3)))
+    (dt,) = torch.autograd.grad(mixed_bank(t, R, B).square().sum(), t, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|differentiated? twice"):
+        dt.sum().backward()
