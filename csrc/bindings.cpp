@@ -1,5 +1,5 @@
 // The Python module `lowrank_fast._C`. Importing it registers the CPU kernels for the ops; the functions below say what
-// was built and what is in use, and stand in for public functions in eager mode (cpu/eager.cpp).
+// was built and what is in use, and stand in for public functions in eager mode (cpu/eager.h).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -43,7 +43,7 @@ _NAMESPACES: dict[str, Any] = {
 UNUSABLE = "unusable"
 _forced: str | None = None
 _environment_error: str | None = None
-# Has the functions that stand in for public ones in eager mode (csrc/cpu/eager.cpp), where the choice allows them.
+# Has the functions that stand in for public ones in eager mode (csrc/cpu/eager.h), where the choice allows them.
 eager: ModuleType | None = None
 
 

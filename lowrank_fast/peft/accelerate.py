@@ -90,6 +90,10 @@ class _Lora:
     def bank(layer: Any, adapter: str) -> tuple[Tensor, Tensor | None]:
         return layer.lora_B[adapter].weight[None], None
 
+    @staticmethod
+    def branch(layer: Any, adapter: str, t: Tensor) -> tuple[Tensor, Tensor]:
+        return t, layer.lora_B[adapter].weight
+
 
 class _Lily:
     """The same for PEFT's Lily."""
@@ -111,6 +115,10 @@ class _Lily:
         stacked = layer.lily_B[adapter].weight
         bank = stacked.view(layer.num_B[adapter], -1, stacked.shape[1]).transpose(1, 2)  # [E, d_out, r], no copy
         return bank, layer.lily_router[adapter].weight
+
+    @staticmethod
+    def branch(layer: Any, adapter: str, t: Tensor) -> tuple[Tensor, Tensor]:
+        return branch(t, *_Lily.bank(layer, adapter), routing="batch")
 
 
 def _kind(layer: Any) -> type[_Lora] | type[_Lily]:
@@ -147,10 +155,10 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     for name in adapters:
         p = kind.dropout(self, name)
         source = _shared(self, adapters, p, x, y.dtype)
-        bank, router = kind.bank(self, name)
         if source is not None:
-            y = add_branch(y, x, *branch(source.parts[0], bank, router, routing="batch"), self.scaling[name])
+            y = add_branch(y, x, *kind.branch(self, name, source.parts[0]), self.scaling[name])
         else:
+            bank, router = kind.bank(self, name)
             y = routed_update(
                 y, x, kind.down(self, name), bank, router, self.scaling[name], routing="batch", dropout_p=p,
                 training=p > 0.0,
@@ -163,8 +171,7 @@ def _with_frozen(layer: Any, kind: type[_Lora] | type[_Lily], linear: nn.Linear,
     source = _shared(layer, [name], p, x, x.dtype)
     if source is None:
         source = shrink_rows(x, [kind.down(layer, name)], p)
-    bank, router = kind.bank(layer, name)
-    return frozen_linear(linear, source, *branch(source.parts[0], bank, router, routing="batch"), layer.scaling[name])
+    return frozen_linear(linear, source, *kind.branch(layer, name, source.parts[0]), layer.scaling[name])
 
 
 def accelerate_adapters(model: nn.Module, *, fuse_inputs: bool = True, verbose: bool = True) -> AccelerationReport:
