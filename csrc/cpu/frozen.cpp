@@ -1,6 +1,7 @@
 // The two autograd nodes of `lowrank_fast/nn/frozen.py` without Python in between: beside the GEMM of a frozen layer,
-// which leaves every cache cold, the steps of Python took a third of a LoRA's time. The mathematics, and why `dx` may be
-// written in place, stand there; whatever is not plain is left to its functions, which compute the same by the same ops.
+// which leaves every cache cold, the steps of Python took a third of a LoRA's time. The mathematics, and why `dx` may
+// be written in place, stand there; whatever is not plain is left to its functions, which compute the same by the same
+// ops.
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/object_ptr.h>
 
