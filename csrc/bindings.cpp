@@ -56,6 +56,4 @@ PYBIND11_MODULE(_C, m) {
         "Perform `count` multiply-adds on the registers of all threads, reading no memory: a bound for benchmarks. "
         "False where the kernels of this dtype multiply with more than vector registers.");
   lowrank::add_eager_functions(m.ptr());
-  lowrank::add_frozen_functions(m.ptr());
-  lowrank::add_mixing_functions(m.ptr());
 }

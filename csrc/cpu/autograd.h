@@ -42,11 +42,6 @@ inline bool plain(PyObject* const* arguments, Py_ssize_t count) {
   return nothing_watches();
 }
 
-// A function for PyMethodDef with METH_FASTCALL.
-inline PyCFunction fastcall(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
-
 // As `once_differentiable` does: what a backward found from `gradients`, which raises when it is differentiated.
 inline variable_list differentiable_once(const char* name, const variable_list& gradients, const variable_list& found) {
   bool recorded = false;

@@ -90,9 +90,7 @@ bool overwritable(const Tensor& out, const Tensor& y, std::initializer_list<cons
 }
 
 PyObject* call(PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 7 || !PyFloat_CheckExact(arguments[4]) || !nothing_watches()) Py_RETURN_NONE;
-  for (int i = 0; i < 4; ++i)
-    if (!THPVariable_CheckExact(arguments[i])) Py_RETURN_NONE;
+  if (count != 7 || !PyFloat_CheckExact(arguments[4]) || !plain(arguments, 4)) Py_RETURN_NONE;
   const Tensor &y = THPVariable_Unpack(arguments[0]), &x = THPVariable_Unpack(arguments[1]),
                &A = THPVariable_Unpack(arguments[2]), &B = THPVariable_Unpack(arguments[3]);
   if (!is_update(y, x, A, B)) Py_RETURN_NONE;
@@ -121,15 +119,31 @@ PyObject* call(PyObject* const* arguments, Py_ssize_t count) {
   return THPVariable_Wrap(std::move(out));
 }
 
-PyObject* residual_add(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+}  // namespace
+
+PyObject* eager::residual_add(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   return call(arguments, count);
   END_HANDLE_TH_ERRORS
 }
 
+namespace {
+
+template <class F>
+PyMethodDef fastcall(const char* name, F function, const char* text) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, text};
+}
+
 PyMethodDef methods[] = {
-    {"residual_add", fastcall(residual_add), METH_FASTCALL,
-     "residual_add(y, x, A, B, scale, inplace, out): the result, or None where this is not a plain call."},
+    fastcall("residual_add", eager::residual_add,
+             "residual_add(y, x, A, B, scale, inplace, out): the result, or None where this is not a plain call."),
+    fastcall("shrink_rows", eager::shrink_rows,
+             "shrink_rows(x, *blocks): t and the alias of x, or None where this is not a plain call."),
+    fastcall("frozen_linear", eager::frozen_linear,
+             "frozen_linear(x, hidden, up, weight, bias, scale): y and the alias of x, or None where this is not a "
+             "plain call."),
+    fastcall("mixed_bank", eager::mixed_bank,
+             "mixed_bank(t, R, B, mask): the mixed bank, or None where this is not a plain call."),
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -1,7 +1,6 @@
-// The two autograd nodes of `lowrank_fast/nn/frozen.py` without Python in between: beside the GEMM of a frozen layer,
-// which leaves every cache cold, the steps of Python took a third of a LoRA's time. The mathematics, and why `dx` may
-// be written in place, stand there; whatever is not plain is left to its functions, which compute the same by the same
-// ops.
+// The two autograd nodes of `lowrank_fast/nn/frozen.py` without Python in between, which is slow beside the GEMM of a
+// frozen layer: that leaves every cache cold. The mathematics, and why `dx` may be written in place, stand there;
+// whatever is not plain is left to its functions, which compute the same by the same ops.
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/object_ptr.h>
 
@@ -137,7 +136,9 @@ PyObject* pair_of(const variable_list& outputs) {
   return first && second ? PyTuple_Pack(2, first.get(), second.get()) : nullptr;
 }
 
-PyObject* shrink_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+}  // namespace
+
+PyObject* eager::shrink_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count < 2 || !at::GradMode::is_enabled() || !plain(arguments, count)) Py_RETURN_NONE;
   const Tensor& x = THPVariable_Unpack(arguments[0]);
@@ -156,7 +157,7 @@ PyObject* shrink_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-PyObject* frozen_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+PyObject* eager::frozen_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 6 || !PyFloat_CheckExact(arguments[5]) || !at::GradMode::is_enabled() ||
       !plain(arguments, arguments[4] == Py_None ? 4 : 5))
@@ -172,19 +173,6 @@ PyObject* frozen_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count)
   }
   return pair_of(outputs);
   END_HANDLE_TH_ERRORS
-}
-
-PyMethodDef methods[] = {{"shrink_rows", fastcall(shrink_rows), METH_FASTCALL,
-                          "shrink_rows(x, *blocks): t and the alias of x, or None where this is not a plain call."},
-                         {"frozen_linear", fastcall(frozen_linear), METH_FASTCALL,
-                          "frozen_linear(x, hidden, up, weight, bias, scale): y and the alias of x, or None where this "
-                          "is not a plain call."},
-                         {nullptr, nullptr, 0, nullptr}};
-
-}  // namespace
-
-void add_frozen_functions(PyObject* module) {
-  if (PyModule_AddFunctions(module, methods) < 0) throw pybind11::error_already_set();
 }
 
 }  // namespace lowrank

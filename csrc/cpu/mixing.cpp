@@ -2,6 +2,8 @@
 // same order, so the same bits. The mathematics stand there.
 #include <torch/csrc/Exceptions.h>
 
+#include <algorithm>
+
 #include "autograd.h"
 #include "eager.h"
 
@@ -68,7 +70,9 @@ struct MixedBank : torch::autograd::Function<MixedBank> {
   }
 };
 
-PyObject* mixed_bank(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+}  // namespace
+
+PyObject* eager::mixed_bank(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 4 || !plain(arguments, arguments[3] == Py_None ? 3 : 4)) Py_RETURN_NONE;
   const Tensor &t = THPVariable_Unpack(arguments[0]), &R = THPVariable_Unpack(arguments[1]),
@@ -81,16 +85,6 @@ PyObject* mixed_bank(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
   return THPVariable_Wrap(std::move(up));
   END_HANDLE_TH_ERRORS
-}
-
-PyMethodDef methods[] = {{"mixed_bank", fastcall(mixed_bank), METH_FASTCALL,
-                          "mixed_bank(t, R, B, mask): the mixed bank, or None where this is not a plain call."},
-                         {nullptr, nullptr, 0, nullptr}};
-
-}  // namespace
-
-void add_mixing_functions(PyObject* module) {
-  if (PyModule_AddFunctions(module, methods) < 0) throw pybind11::error_already_set();
 }
 
 }  // namespace lowrank

@@ -111,9 +111,9 @@ class Hidden:
 def shrink_rows(x: Tensor, blocks: Sequence[Tensor], dropout_p: float = 0.0) -> Hidden:
     """`dropout(x) A_i^T` for row blocks `A_i [r_i, d_in]` of one dtype, in one pass over `x [.., d_in]`."""
     matched = [dtype_for(block, x) for block in blocks]
-    plain = None if backends.eager is None or dropout_p > 0.0 else backends.eager.shrink_rows(x, *matched)
-    if plain is not None:
-        t, alias = plain
+    in_cpp = None if backends.eager is None or dropout_p > 0.0 else backends.eager.shrink_rows(x, *matched)
+    if in_cpp is not None:
+        t, alias = in_cpp
     elif torch.is_grad_enabled():
         checks.single("shrink", "x", x)
         for block in matched:
@@ -179,9 +179,10 @@ def frozen_linear(base: nn.Linear, source: Hidden, hidden: Tensor, up: Tensor, s
         base: what `frozen_linear_of` accepted for that x.
         hidden: `[.., k]` in the dtype of `source.parts`. up: `[d_out, k]`, any strides.
     """
-    x, up, weight, bias, scale = source.reader[0], dtype_for(up, source.reader[0]), base.weight, base.bias, float(scale)
-    plain = None if backends.eager is None else backends.eager.frozen_linear(x, hidden, up, weight, bias, scale)
-    y, alias = plain or _FrozenLinear.apply(x, hidden, up, weight, bias, scale, backends.select(x))
+    x = source.reader[0]
+    arguments = (x, hidden, dtype_for(up, x), base.weight, base.bias, float(scale))
+    in_cpp = None if backends.eager is None else backends.eager.frozen_linear(*arguments)
+    y, alias = in_cpp or _FrozenLinear.apply(*arguments, backends.select(x))
     if x.requires_grad:
         source.reader[0] = alias
     return y

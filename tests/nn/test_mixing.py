@@ -7,15 +7,16 @@ import torch
 
 from lowrank_fast import backends
 from lowrank_fast.nn.mixing import mixed_bank
+from tests.support.nodes import in_python, needs_cpp
 
 
-@pytest.fixture(autouse=True, params=["C++", "Python"])
+@pytest.fixture(params=[pytest.param("C++", marks=needs_cpp), "Python"])
 def node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything holds of both nodes."""
     if request.param == "Python":
         monkeypatch.setattr(backends, "eager", None)
-    elif backends.eager is None:
-        pytest.skip("the C++ extension is not built")
+
+
+of_both_nodes = pytest.mark.usefixtures("node")
 
 
 def plain(t: torch.Tensor, R: torch.Tensor, B: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -25,6 +26,7 @@ def plain(t: torch.Tensor, R: torch.Tensor, B: torch.Tensor, mask: torch.Tensor 
     return torch.einsum("e,eor->or", w, B.to(t.dtype))
 
 
+@of_both_nodes
 @pytest.mark.parametrize("masked", [None, "some", "all"])
 @pytest.mark.parametrize("layout", ["plain", "stacked", "strided"])
 @pytest.mark.parametrize("experts", [2, 5])
@@ -56,6 +58,7 @@ def test_values_and_gradients_are_those_of_the_plain_expression(experts: int, la
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
 
 
+@of_both_nodes
 def test_a_stacked_bank_is_neither_copied_nor_are_its_gradients_permuted() -> None:
     """The gradient of the stacked bank has its layout, so that adding it up is one pass over dense memory."""
     t, R = torch.randn(9, 3), torch.randn(2, 3)
@@ -66,6 +69,7 @@ def test_a_stacked_bank_is_neither_copied_nor_are_its_gradients_permuted() -> No
     assert gradient.is_contiguous()
 
 
+@of_both_nodes
 def test_frozen_parts_get_no_gradient() -> None:
     t, R, B = torch.randn(9, 3, requires_grad=True), torch.randn(2, 3), torch.randn(2, 8, 3)
     mixed_bank(t, R, B).sum().backward()
@@ -75,6 +79,7 @@ def test_frozen_parts_get_no_gradient() -> None:
     assert bank.grad is not None
 
 
+@of_both_nodes
 def test_a_bank_in_16_bits_gets_a_gradient_in_its_dtype() -> None:
     t, R = torch.randn(9, 3), torch.randn(2, 3)
     B = torch.randn(2, 8, 3).bfloat16().requires_grad_()
@@ -83,6 +88,7 @@ def test_a_bank_in_16_bits_gets_a_gradient_in_its_dtype() -> None:
     assert torch.autograd.grad(up.sum(), B)[0].dtype is torch.bfloat16
 
 
+@of_both_nodes
 def test_forward_and_backward_inside_autocast_have_the_bits_of_those_outside() -> None:
     tensors = [torch.randn(*shape, requires_grad=True) for shape in ((9, 3), (2, 3), (2, 8, 3))]
     expected = torch.autograd.grad(mixed_bank(*tensors).square().sum(), tensors)
@@ -91,23 +97,25 @@ def test_forward_and_backward_inside_autocast_have_the_bits_of_those_outside() -
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.skipif(backends.eager is None, reason="the C++ extension is not built")
+@needs_cpp
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_nodes_give_the_same_bits(dtype: torch.dtype, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_nodes_give_the_same_bits(dtype: torch.dtype, masked: bool) -> None:
     torch.manual_seed(0)
     t, R = torch.randn(3, 41, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
     bank = torch.randn(32, 24).to(dtype).requires_grad_()
     mask = torch.rand(3, 41) < 0.7 if masked else None
-    runs = []
-    for eager in (backends._native.module(), None):
-        monkeypatch.setattr(backends, "eager", eager)
+
+    def run() -> tuple[str, list[torch.Tensor]]:
         up = mixed_bank(t, R, bank.view(4, 8, 24).transpose(1, 2), mask)
-        runs.append((up.grad_fn.name(), up, *torch.autograd.grad(up.square().sum(), [t, R, bank])))
-    assert runs[0][0] != runs[1][0], "both ran the same node"
-    assert all(torch.equal(a, b) for a, b in zip(runs[0][1:], runs[1][1:], strict=True))
+        return up.grad_fn.name(), [up, *torch.autograd.grad(up.square().sum(), [t, R, bank])]
+
+    (in_cpp, found), (other, expected) = run(), in_python(run)
+    assert in_cpp != other, "both ran the same node"
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@of_both_nodes
 def test_double_backward_is_a_clear_error() -> None:
     t, R, B = (torch.randn(*shape, requires_grad=True) for shape in ((9, 3), (2, 3), (2, 8, 3)))
     (dt,) = torch.autograd.grad(mixed_bank(t, R, B).square().sum(), t, create_graph=True)
