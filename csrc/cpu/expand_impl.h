@@ -48,9 +48,14 @@ __attribute__((noinline)) static void expand_tile(const typename D::T* y, int64_
       LOWRANK_IN_REGISTER(pb);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
-        const V weight = broadcast(z[i]);
-        add_product(a[i], weight, pa);
-        add_product(b[i], weight, pb);
+        if (i < kFromMemory) {
+          add_product(a[i], z + i, pa);
+          add_product(b[i], z + i, pb);
+        } else {
+          const V weight = broadcast(z[i]);
+          add_product(a[i], weight, pa);
+          add_product(b[i], weight, pb);
+        }
       }
     }
   }

@@ -60,9 +60,10 @@ LOWRANK_INLINE void outer_tile(const typename D::T* x, int64_t stride, int64_t r
     if constexpr (kKeep) kept += N * kLanes;
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) {
-      const V w = broadcast(z[j]);
+      const V w = j < kFromMemory ? V{} : broadcast(z[j]);
 #pragma GCC unroll 8
-      for (int i = 0; i < N; ++i) add_product(sum[j][i], w, a[i]);
+      for (int i = 0; i < N; ++i)
+        j < kFromMemory ? add_product(sum[j][i], z + j, a[i]) : add_product(sum[j][i], w, a[i]);
     }
   }
 #pragma GCC unroll 8

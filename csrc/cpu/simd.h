@@ -50,6 +50,18 @@ LOWRANK_INLINE void add_product(V& sum, V a, V b) {
 #endif
 }
 
+// The same with one float for all lanes. AVX-512 reads it as part of the instruction, so there is one less to issue;
+// each product loads it anew, so two of eight rows or ranks are multiplied this way, where loads and products both have
+// room.
+constexpr int kFromMemory = kLanes == 16 ? 2 : 0;
+LOWRANK_INLINE void add_product(V& sum, const float* a, V b) {
+#if LOWRANK_LANES == 16 && defined(__GNUC__) && !defined(__clang__)
+  asm("vfmadd231ps %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(*a), "v"(b));
+#else
+  sum += (*a - V{}) * b;
+#endif
+}
+
 LOWRANK_INLINE V broadcast(float s) { return s - V{}; }
 LOWRANK_INLINE V select(VI mask, V a, V b) { return (V)(((VI)a & mask) | ((VI)b & ~mask)); }
 
