@@ -6,8 +6,11 @@ Errors are `ValueError` (shapes, values), `TypeError` (dtypes) and `RuntimeError
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .reference import ROUTER_INPUTS, ROUTINGS
 
@@ -17,6 +20,13 @@ _DTYPE_NAMES = "float32, bfloat16, float16 or float64"
 
 def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
+
+
+def tensors(op: str, **arguments: Tensor) -> None:
+    """That these are tensors, which everything below takes for granted."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor; got {type(value).__name__}")
 
 
 def update(op: str, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> None:
@@ -179,6 +189,8 @@ def scale_and_dropout(op: str, scale: float, dropout_p: float) -> None:
     """`scale` a finite or infinite Python number, `0 <= dropout_p < 1`."""
     if not isinstance(scale, (float, int)):
         raise TypeError(f"{op}: scale must be a float; got {type(scale).__name__}")
+    if isinstance(scale, int) and abs(scale) > sys.float_info.max:
+        raise ValueError(f"{op}: scale must fit a float; got an integer of {scale.bit_length()} bits")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1); got {dropout_p}")
 
@@ -187,8 +199,14 @@ def scale_and_dropout(op: str, scale: float, dropout_p: float) -> None:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """First and one-past-last byte that the tensor's elements can touch."""
-    start = tensor.data_ptr()
+    """First and one-past-last byte that the tensor's elements can touch; none for a tensor without memory (meta, fake,
+    or of a torch.func transform)."""
+    try:
+        start = 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()
+    except RuntimeError:
+        start = 0
+    if start == 0:
+        return 0, 0
     if tensor.is_contiguous():
         return start, start + tensor.nbytes
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -206,6 +224,12 @@ def _sharing(tensor: Tensor, others: tuple[tuple[str, Tensor], ...]) -> str | No
 
 
 def _writable(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{op}: {name} was made under torch.inference_mode() and cannot be written outside it; clone it"
+        )
+    if tensor.is_neg():
+        raise RuntimeError(f"{op}: {name} is a view with the negative bit set and cannot be written; resolve_neg() it")
     if tensor.is_contiguous():
         return
     if tensor.numel() and any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
@@ -248,6 +272,7 @@ def _recordable(op: str, y: Tensor, others: tuple[tuple[str, Tensor], ...]) -> N
 
 def out_buffer(op: str, out: Tensor, y: Tensor, others: tuple[tuple[str, Tensor], ...], recording: bool) -> None:
     """Whether `out` may take the result: shape, dtype and device of `y`, no autograd, no overlap but `y` itself."""
+    tensors(op, out=out)
     if recording or (out.requires_grad and torch.is_grad_enabled()):
         raise RuntimeError(f"{op}: out= is for calls that autograd does not record; use torch.no_grad() or drop out=")
     if out.shape != y.shape or out.dtype is not y.dtype or out.device != y.device:

@@ -11,7 +11,8 @@ and inf: nothing is checked or clamped.
 
 Backward keeps `x` (only if `A` or a router on `x` needs a gradient), `t = x A^T [.., r]` and the routing probabilities
 `[.., E]`. Gradients that are not needed are not computed and come back as None. The gradient of `y` is the incoming
-gradient itself, not a copy. Double backward raises. Under autocast, `y` keeps its dtype and `x` is cast to it.
+gradient itself, not a copy. Double backward and forward-mode differentiation raise. Under autocast, `y` keeps its dtype
+and `x` is cast to it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends, checks
+from .autograd import differentiable_once, recorded
 
 __all__ = ["dropout_seed", "expand_add", "residual_add", "routed_projection", "shrink"]
 
@@ -74,7 +75,7 @@ class _ResidualAdd(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(hands_on=True)
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         need_y, need_x, need_A, need_B = ctx.needs_input_grad[:4]
         dx = dA = dB = None
@@ -130,12 +131,13 @@ def residual_add(
         result: Tensor | None = backends.eager.residual_add(y, x, A, B, scale, inplace, out)  # the same, without Python
         if result is not None:
             return result
+    checks.tensors("residual_add", y=y, x=x, A=A, B=B)
     x = like_stream(x, y)
     checks.update("residual_add", y, x, A, B)
     if dropout_p or type(scale) is not float:
         checks.scale_and_dropout("residual_add", scale, dropout_p)
     backend = backends.select(y)
-    recording = torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or A.requires_grad or B.requires_grad)
+    recording = recorded(y, x, A, B)
     if inplace:
         if out is not None:
             raise ValueError("residual_add: out must be None with inplace=True")
@@ -167,7 +169,7 @@ class _Shrink(torch.autograd.Function):
         return backends.namespace(backend).shrink(x, A, dropout_p, seed)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dt: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_A = ctx.needs_input_grad[:2]
         x, A, seed = ctx.saved_tensors
@@ -183,13 +185,14 @@ def shrink(x: Tensor, A: Tensor, *, dropout_p: float = 0.0, training: bool = Fal
     `t` keeps what the accumulators hold, so that `expand_add(y, shrink(x, A), B)` equals `residual_add(y, x, A, B)`.
     Raises as `residual_add` does.
     """
+    checks.tensors("shrink", x=x, A=A)
     checks.single("shrink", "x", x)
     checks.down("shrink", A, x)
     if dropout_p:
         checks.scale_and_dropout("shrink", 1.0, dropout_p)
     backend = backends.select(x)
     p, seed = (float(dropout_p), dropout_seed(x.device)) if training and dropout_p > 0.0 else (0.0, None)
-    if torch.is_grad_enabled() and (x.requires_grad or A.requires_grad):
+    if recorded(x, A):
         return _Shrink.apply(x, A, p, seed, backend)
     return backends.namespace(backend).shrink(x, A, p, seed)
 
@@ -207,7 +210,7 @@ class _ExpandAdd(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(hands_on=True)
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         need_y, need_t, need_B = ctx.needs_input_grad[:3]
         dt = dB = None
@@ -225,13 +228,14 @@ def expand_add(y: Tensor, t: Tensor, B: Tensor, scale: float = 1.0, *, inplace: 
 
     `inplace` and what raises: as in `residual_add`.
     """
+    checks.tensors("expand_add", y=y, t=t, B=B)
     checks.single("expand_add", "y", y)
     checks.hidden("expand_add", t, y)
     checks.up("expand_add", B, y, t.shape[-1], "t")
     if type(scale) is not float:
         checks.scale_and_dropout("expand_add", scale, 0.0)
     backend = backends.select(y)
-    recording = torch.is_grad_enabled() and (y.requires_grad or t.requires_grad or B.requires_grad)
+    recording = recorded(y, t, B)
     if inplace:
         checks.inplace("expand_add", y, (("t", t), ("B", B)), recording)
     if recording:
@@ -283,7 +287,7 @@ class _RoutedProjection(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(hands_on=True)
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         need_y, need_x, need_A, need_B, need_R, need_weights = ctx.needs_input_grad[:6]
         scale, routing, router_input, train_bank, dropout_p, backend = ctx.settings
@@ -343,6 +347,7 @@ def routed_projection(
 
     Sources: Lily arXiv 2407.09946, EffiLoRA arXiv 2512.00878, HydraLoRA arXiv 2404.19245.
     """
+    checks.tensors("routed_projection", y=y, x=x, A=A, B=B)
     x = like_stream(x, y)
     checks.activations("routed_projection", y, x)
     checks.down("routed_projection", A, x)
@@ -351,7 +356,7 @@ def routed_projection(
     checks.scale_and_dropout("routed_projection", scale, dropout_p)
     backend = backends.select(y)
     tensors = [tensor for tensor in (y, x, A, B, R, weights) if tensor is not None]
-    recording = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    recording = recorded(*tensors)
     if inplace:
         names = (("x", x), ("A", A), ("B", B)) + ((("R", R),) if R is not None else ())
         checks.inplace("routed_projection", y, names, recording)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends, checks
+from .autograd import differentiable_once, recorded
 from .functional import like_stream
 from .reference import accumulate_dtype
 
@@ -53,7 +53,7 @@ class _ResidualAddNorm(torch.autograd.Function):
         return out, normed
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, g_out: Tensor, g_normed: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, weight, bias, out = ctx.saved_tensors
         scale, eps, layer, backend = ctx.settings
@@ -102,6 +102,7 @@ def residual_add_norm(
     Raises: ValueError (shapes, devices, kind), TypeError (dtypes), RuntimeError (double backward), before any memory
         is touched.
     """
+    checks.tensors(OP, y=y, x=x, A=A, B=B, weight=weight)
     x = like_stream(x, y)
     checks.update(OP, y, x, A, B)
     checks.scale_and_dropout(OP, scale, 0.0)
@@ -117,6 +118,6 @@ def residual_add_norm(
             raise ValueError(f"{OP}: {name} must be [d_out={y.shape[-1]}]; got {list(value.shape)}")
     backend, layer = backends.select(y), kind == "layer"
     tensors = [tensor for tensor in (y, x, A, B, weight, bias) if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if recorded(*tensors):
         return _ResidualAddNorm.apply(y, x, A, B, weight, bias, (float(scale), float(eps), layer, backend))
     return backends.namespace(backend).residual_add_norm(y, x, A, B, scale, weight, bias, eps, layer)

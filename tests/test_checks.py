@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_fast import functional, use_backend
 
@@ -153,6 +155,11 @@ def test_a_tensor_on_another_device_is_refused(op, name):
 
 
 # ------------------------------------------------------------------------------------------------ scalars
+
+
+@pytest.mark.parametrize("op", ["residual_add", "expand_add", "routed_projection"])
+def test_a_scale_beyond_every_float_is_refused(op):
+    _assert_refused(op, lambda arguments: arguments | {"scale": 10**400}, ValueError, ("scale must fit a float",))
 
 
 @pytest.mark.parametrize("op", ["residual_add", "expand_add", "routed_projection"])
@@ -340,6 +347,63 @@ def test_inplace_where_y_overlaps_a_parameter_is_refused(op):
     shape = (EXPERTS, D_OUT, RANK) if op == "routed_projection" else (D_OUT, RANK)
     B = memory[2 * 6 * D_OUT - 1 :][:size].view(shape)
     _assert_refused(op, _inplace(y=y, B=B), RuntimeError, ("y and B", "overlap"))
+
+
+WRITABLE = ["residual_add", "expand_add", "routed_projection"]
+
+
+@pytest.mark.parametrize("op", WRITABLE)
+def test_inplace_on_an_inference_tensor_outside_inference_mode_is_refused(op):
+    def change(arguments: Arguments) -> Arguments:
+        with torch.inference_mode():
+            y = torch.ones_like(arguments["y"])
+        return arguments | {"y": y, "inplace": True}
+
+    with torch.no_grad():
+        arguments = change(_valid(op))
+        with pytest.raises(RuntimeError, match=f"{op}: y was made under torch.inference_mode"):
+            getattr(functional, op)(**arguments)
+    assert torch.equal(arguments["y"], torch.ones(2, 6, D_OUT))
+
+
+@pytest.mark.parametrize("op", WRITABLE)
+def test_inplace_on_a_view_with_the_negative_bit_is_refused(op):
+    y = torch.randn(2, 6, D_OUT, dtype=torch.complex64).conj().imag
+    assert y.is_neg()
+    _assert_refused(op, _inplace(y=y), RuntimeError, ("y is a view with the negative bit set", "resolve_neg"))
+
+
+@pytest.mark.parametrize("yes", [1, np.bool_(True)])
+def test_inplace_may_be_anything_that_is_true(yes):
+    arguments = _valid("residual_add")
+    expected = functional.residual_add(**arguments)
+    assert functional.residual_add(**arguments, inplace=yes) is arguments["y"]
+    assert_same_bits(arguments["y"], expected, "inplace")
+
+
+@pytest.mark.parametrize("op", WRITABLE)
+def test_inplace_on_tensors_without_memory_finds_no_overlap(op):
+    arguments = {name: value.to("meta") for name, value in _valid(op).items()}
+    assert getattr(functional, op)(**arguments, inplace=True) is arguments["y"]
+    with FakeTensorMode() as mode:
+        arguments = {name: mode.from_tensor(value) for name, value in _valid(op).items()}
+        assert getattr(functional, op)(**arguments, inplace=True) is arguments["y"]
+
+
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [("residual_add", name) for name in ("y", "x", "A", "B")]
+    + [("shrink", "A"), ("expand_add", "t"), ("routed_projection", "y"), ("routed_projection", "B")],
+)
+@pytest.mark.parametrize("wrong", [np.ones((2, 6, D_OUT), np.float32), None, [1.0]], ids=["numpy", "None", "list"])
+def test_what_is_no_tensor_is_refused_by_name(op, name, wrong):
+    says = (f"{name} must be a tensor", type(wrong).__name__)
+    _assert_refused(op, lambda arguments: arguments | {name: wrong}, TypeError, says)
+
+
+def test_an_out_that_is_no_tensor_is_refused():
+    says = ("out must be a tensor", "list")
+    _assert_refused("residual_add", lambda arguments: arguments | {"out": [1.0]}, TypeError, says)
 
 
 def test_neighbours_in_one_buffer_do_not_overlap():

@@ -33,29 +33,29 @@ inline bool nothing_watches() {
          at::impl::PythonTorchFunctionTLS::stack_len() == 0;
 }
 
-// Tensors of no subclass, on one device, and nothing watches.
+// Tensors of no subclass, on one device, without a tangent (forward-mode differentiation), and nothing watches.
 inline bool plain(PyObject* const* arguments, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < count; ++i)
     if (!THPVariable_CheckExact(arguments[i]) ||
-        THPVariable_Unpack(arguments[i]).device() != THPVariable_Unpack(arguments[0]).device())
+        THPVariable_Unpack(arguments[i]).device() != THPVariable_Unpack(arguments[0]).device() ||
+        THPVariable_Unpack(arguments[i])._fw_grad(0).defined())
       return false;
   return nothing_watches();
 }
 
-// As `once_differentiable` does: what a backward found from `gradients`, which raises when it is differentiated.
-inline variable_list differentiable_once(const char* name, const variable_list& gradients, const variable_list& found) {
-  bool recorded = false;
-  for (const Tensor& gradient : gradients) recorded |= gradient.defined() && gradient.requires_grad();
-  if (!recorded || !at::GradMode::is_enabled()) return found;
+// What a backward found, which raises when it is differentiated; `handed_on`, an incoming gradient that is among it,
+// stays what it is. `lowrank_fast/autograd.py` says why this is not `once_differentiable`.
+inline variable_list differentiable_once(const char* name, const variable_list& found, const Tensor& handed_on = {}) {
+  if (!at::GradMode::is_enabled()) return found;
   variable_list refusing;
-  for (const Tensor& gradient : found) {
-    if (!gradient.defined()) {
-      refusing.emplace_back();
+  for (const Tensor& value : found) {
+    if (!value.defined() || value.is_same(handed_on)) {
+      refusing.push_back(value);
       continue;
     }
     const auto error = std::make_shared<torch::autograd::DelayedError>(
         std::string("trying to differentiate twice a function that is differentiable once: ") + name, 1);
-    refusing.push_back((*error)({gradient.detach().requires_grad_()})[0]);
+    refusing.push_back((*error)({value.detach().requires_grad_()})[0]);
   }
   return refusing;
 }

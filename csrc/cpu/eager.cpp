@@ -68,7 +68,7 @@ struct ResidualAdd : torch::autograd::Function<ResidualAdd> {
       if (need_A) found[2] = dA;
       if (need_B) found[3] = dB;
     }
-    return differentiable_once("residual_add", gradients, found);
+    return differentiable_once("residual_add", found, g);
   }
 };
 
@@ -81,8 +81,9 @@ bool apart(const Tensor& a, const Tensor& b) {
 
 // The usual case of what `checks.inplace` and `checks.out_buffer` allow.
 bool overwritable(const Tensor& out, const Tensor& y, std::initializer_list<const Tensor*> read) {
-  if (out.requires_grad() || out.sizes() != y.sizes() || out.scalar_type() != y.scalar_type() || !out.is_cpu() ||
-      !out.is_contiguous() || !y.is_contiguous() || !(out.const_data_ptr() == y.const_data_ptr() || apart(out, y)))
+  if (out.requires_grad() || out.is_neg() || (out.is_inference() && !c10::InferenceMode::is_enabled()) ||
+      out.sizes() != y.sizes() || out.scalar_type() != y.scalar_type() || !out.is_cpu() || !out.is_contiguous() ||
+      !y.is_contiguous() || !(out.const_data_ptr() == y.const_data_ptr() || apart(out, y)))
     return false;
   for (const Tensor* input : read)
     if (!input->is_contiguous() || !apart(out, *input)) return false;
@@ -90,7 +91,8 @@ bool overwritable(const Tensor& out, const Tensor& y, std::initializer_list<cons
 }
 
 PyObject* call(PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 7 || !PyFloat_CheckExact(arguments[4]) || !plain(arguments, 4)) Py_RETURN_NONE;
+  if (count != 7 || !PyFloat_CheckExact(arguments[4]) || !PyBool_Check(arguments[5]) || !plain(arguments, 4))
+    Py_RETURN_NONE;
   const Tensor &y = THPVariable_Unpack(arguments[0]), &x = THPVariable_Unpack(arguments[1]),
                &A = THPVariable_Unpack(arguments[2]), &B = THPVariable_Unpack(arguments[3]);
   if (!is_update(y, x, A, B)) Py_RETURN_NONE;

@@ -77,7 +77,7 @@ struct Tap : torch::autograd::Function<Tap> {
       if (need_x && !apart) expand_op(dx, dt, A.mT(), 1.0);
     }
     if (context->needs_input_grad(0)) found[0] = dx;
-    return differentiable_once("shrink", gradients, found);
+    return differentiable_once("shrink", found);
   }
 };
 
@@ -122,7 +122,7 @@ struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
       }
     }
     if (need_x) found[0] = dx;
-    return differentiable_once("frozen_linear", gradients, found);
+    return differentiable_once("frozen_linear", found);
   }
 };
 

@@ -204,7 +204,7 @@ static void shrink_outer(const Matrix& g, int64_t rows, Panel P, int64_t k, floa
   if (staged<D>(g, rows, k, none, summed)) {
     staged_pieces<D>(g, rows, 0, g.cols, none, 0,
                      [&](int64_t row, int64_t count, int64_t begin, int64_t columns, auto next) {
-                       shrink_staged<D>(count, P, begin, columns, s.lanes + row * k * kLanes, k, begin > 0, next);
+                       shrink_staged<D>(count, P, begin, columns, s.lanes + row * k * kSum, k, begin > 0, next);
                        if (summed)
                          outer_chunk<F32, kSumColumns<D>>(s.rows, kStagedLd, count, begin, columns, z + row * z_k, z_k,
                                                           sums, accumulate || row > 0);

@@ -40,8 +40,7 @@ struct MixedBank : torch::autograd::Function<MixedBank> {
       kept = at::scalar_tensor(static_cast<double>(std::max<int64_t>(rows.size(0), 1)), t.options());
       w = p.sum(0).div(kept);
     }
-    context->save_for_backward({rows, R, B, keep, p, w, kept});
-    context->saved_data["sizes"] = t.sizes().vec();
+    context->save_for_backward({t, R, B, keep, p, w, kept});  // t itself, whose version autograd compares
     const bool major = rank_major(B);
     return unflat(at::matmul(w, flat(B, major).to(t.scalar_type())), B, major);
   }
@@ -50,7 +49,7 @@ struct MixedBank : torch::autograd::Function<MixedBank> {
     const bool need_t = context->needs_input_grad(0), need_R = context->needs_input_grad(1),
                need_B = context->needs_input_grad(2);
     const variable_list saved = context->get_saved_variables();
-    const Tensor &rows = saved[0], &R = saved[1], &B = saved[2], &keep = saved[3], &p = saved[4], &w = saved[5];
+    const Tensor &t = saved[0], &R = saved[1], &B = saved[2], &keep = saved[3], &p = saved[4], &w = saved[5];
     variable_list found(4);
     {
       const at::AutoGradMode off(false);
@@ -62,11 +61,11 @@ struct MixedBank : torch::autograd::Function<MixedBank> {
         const Tensor dp = at::matmul(flat(B, major).to(d.scalar_type()), d).div(saved[6]);
         Tensor dlogits = p.mul(dp.sub(at::matmul(p, dp).unsqueeze(1)));
         if (keep.defined()) dlogits.mul_(keep.unsqueeze(1));
-        if (need_t) found[0] = at::matmul(dlogits, R).view(context->saved_data["sizes"].toIntVector());
-        if (need_R) found[1] = at::matmul(dlogits.mT(), rows);
+        if (need_t) found[0] = at::matmul(dlogits, R).view(t.sizes());
+        if (need_R) found[1] = at::matmul(dlogits.mT(), t.reshape({-1, t.size(-1)}));
       }
     }
-    return differentiable_once("mixed_bank", gradients, found);
+    return differentiable_once("mixed_bank", found);
   }
 };
 

@@ -11,6 +11,7 @@ using namespace lowrank;
 constexpr int kShrinkRanks = kLanes == 4 ? 2 : 4;
 constexpr int kShrinkRows = kLanes == 16 ? 4 : 3;
 constexpr bool kSplitUnit = kLanes == 4;  // four lanes make long chains of sums: two per rank keep their error down
+constexpr int kSum = kSplitUnit ? kUnit : kLanes;  // floats of the unfinished sum of a row and a rank
 
 template <class S>
 struct Fetch {  // rows that are wanted in the second-level cache soon
@@ -20,7 +21,7 @@ struct Fetch {  // rows that are wanted in the second-level cache soon
 
 constexpr int kPartOfRow = -1;
 
-// acc[(row * k + rank) * kLanes ..] (+)= products of `columns` columns, for R rows and C ranks. Fetches `Ahead` rows,
+// acc[(row * k + rank) * kSum ..] (+)= products of `columns` columns, for R rows and C ranks. Fetches `Ahead` rows,
 // or part of one: `step` elements for each unit.
 template <class D, class S, int R, int C, int Ahead, class Q = F32>
 LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, PanelOf<typename Q::T> P, int64_t columns,
@@ -30,8 +31,8 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, PanelOf<
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) {
-      sum[i][j] = accumulate ? load(acc + (i * k + j) * kLanes) : V{};
-      sum_b[i][j] = V{};
+      sum[i][j] = accumulate ? load(acc + (i * k + j) * kSum) : V{};
+      sum_b[i][j] = kSplitUnit && accumulate ? load(acc + (i * k + j) * kSum + kLanes) : V{};
     }
   // a half at a time: with both, the inputs and the sums would not fit in 16 registers
   auto half = [&](auto which, V(&sums)[R][C], const V(&a)[R]) __attribute__((always_inline)) {
@@ -69,7 +70,10 @@ LOWRANK_INLINE void shrink_tile(const typename D::T* x, int64_t stride, PanelOf<
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) store(acc + (i * k + j) * kLanes, kSplitUnit ? sum[i][j] + sum_b[i][j] : sum[i][j]);
+    for (int j = 0; j < C; ++j) {
+      store(acc + (i * k + j) * kSum, sum[i][j]);
+      if (kSplitUnit) store(acc + (i * k + j) * kSum + kLanes, sum_b[i][j]);
+    }
 }
 
 // R rows by all their ranks. The passes over the ranks share the fetching of the R rows at `ahead`.
@@ -82,12 +86,12 @@ LOWRANK_INLINE void shrink_passes(const typename D::T* x, int64_t stride, const 
   for (int64_t pass = 0; pass < passes; ++pass, rank += C) {
     const typename D::T* share = ahead + pass * R / passes * stride;
     if (Ahead == kPartOfRow) share += pass * R % passes * columns / passes;
-    shrink_tile<D, typename D::T, R, C, Ahead>(x, stride, panel_from(P, rank, column), columns, acc + rank * kLanes, k,
+    shrink_tile<D, typename D::T, R, C, Ahead>(x, stride, panel_from(P, rank, column), columns, acc + rank * kSum, k,
                                                accumulate, share, kUnit * R / passes);
   }
   for (; rank < k; rank += kShrinkRanks)
     shrink_tile<D, typename D::T, R, kShrinkRanks, 0>(x, stride, panel_from(P, rank, column), columns,
-                                                      acc + rank * kLanes, k, accumulate, ahead);
+                                                      acc + rank * kSum, k, accumulate, ahead);
 }
 
 // Columns [column, column + columns) of the rows at x, which begin there; `more`: of columns that follow.
@@ -99,7 +103,7 @@ static void shrink_chunk(const typename D::T* x, int64_t stride, int64_t rows, c
   for (; row + R <= rows; row += R) {
     const typename D::T* next = row + 2 * R > rows && more ? x + columns : x + (row + R) * stride;
     const typename D::T* from = x + row * stride;
-    float* sums = acc + row * k * kLanes;
+    float* sums = acc + row * k * kSum;
     if (k >= 2 * R * kShrinkRanks)
       shrink_passes<D, R, kPartOfRow>(from, stride, P, column, columns, sums, k, accumulate, next);
     else if (k >= R * kShrinkRanks)
@@ -108,17 +112,20 @@ static void shrink_chunk(const typename D::T* x, int64_t stride, int64_t rows, c
       shrink_passes<D, R, (R + 1) / 2>(from, stride, P, column, columns, sums, k, accumulate, next);
   }
   for (; R > 2 && row + 2 <= rows; row += 2)
-    shrink_passes<D, 2, 0>(x + row * stride, stride, P, column, columns, acc + row * k * kLanes, k, accumulate, x);
+    shrink_passes<D, 2, 0>(x + row * stride, stride, P, column, columns, acc + row * k * kSum, k, accumulate, x);
   for (; row < rows; ++row)
-    shrink_passes<D, 1, 0>(x + row * stride, stride, P, column, columns, acc + row * k * kLanes, k, accumulate, x);
+    shrink_passes<D, 1, 0>(x + row * stride, stride, P, column, columns, acc + row * k * kSum, k, accumulate, x);
 }
 
-// t[i] = the sum of the lanes of acc[i], for n (a multiple of 4) registers.
+// t[i] = the sum of the lanes of acc[i], for n (a multiple of 4) unfinished sums.
 static void sum_lanes(const float* acc, int64_t n, float* t) {
   for (int64_t i = 0; i < n; i += kLanes) {
     V v[kLanes];
     int64_t count = n - i < kLanes ? n - i : kLanes;
-    for (int j = 0; j < kLanes; ++j) v[j] = j < count ? load(acc + (i + j) * kLanes) : V{};
+    for (int j = 0; j < kLanes; ++j) {
+      v[j] = j < count ? load(acc + (i + j) * kSum) : V{};
+      if (kSplitUnit && j < count) v[j] += load(acc + (i + j) * kSum + kLanes);
+    }
     V sums = lane_sums(v);
     if (count == kLanes)
       store(t + i, sums);
@@ -192,11 +199,11 @@ static void shrink_staged(int64_t rows, const Panel& P, int64_t column, int64_t 
   const float* x = scratch().rows;
   for (int64_t rank = 0; rank < k; rank += C) {
     const Panel factors = panel_from(P, rank, column);
-    float* sums = acc + rank * kLanes;
+    float* sums = acc + rank * kSum;
     int64_t row = 0;
     for (; row + R <= rows; row += R) {
       const float* from = x + row * kStagedLd;
-      float* to = sums + row * k * kLanes;
+      float* to = sums + row * k * kSum;
       if (next.rows > 0) {
         shrink_tile<F32, typename D::T, R, C, 1>(from, kStagedLd, factors, columns, to, k, accumulate, next.at);
         next.at += next.stride;
@@ -206,7 +213,7 @@ static void shrink_staged(int64_t rows, const Panel& P, int64_t column, int64_t 
       }
     }
     for (; row < rows; ++row)
-      shrink_tile<F32, float, 1, C, 0>(x + row * kStagedLd, kStagedLd, factors, columns, sums + row * k * kLanes, k,
+      shrink_tile<F32, float, 1, C, 0>(x + row * kStagedLd, kStagedLd, factors, columns, sums + row * k * kSum, k,
                                        accumulate, x);
   }
 }
@@ -223,8 +230,8 @@ static void shrink(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, 
     if (staged<D>(x, rows, k, drop, false)) {
       staged_pieces<D>(x, rows, from, to, drop, first_row,
                        [&](int64_t row, int64_t count, int64_t begin, int64_t columns, auto next) {
-                         shrink_staged<D>(count, panel, begin, columns, s.lanes + row * ranks * kLanes, ranks,
-                                          begin > 0, next);
+                         shrink_staged<D>(count, panel, begin, columns, s.lanes + row * ranks * kSum, ranks, begin > 0,
+                                          next);
                        });
     } else {
       for (int64_t begin = from; begin < to; begin += chunk) {
@@ -237,7 +244,7 @@ static void shrink(const Matrix& x, int64_t rows, Panel P, int64_t k, float* t, 
     if (ranks == k) {
       sum_lanes(s.lanes, rows * k, t);
     } else {
-      for (int64_t row = 0; row < rows; ++row) sum_lanes(s.lanes + row * ranks * kLanes, ranks, t + row * k + rank);
+      for (int64_t row = 0; row < rows; ++row) sum_lanes(s.lanes + row * ranks * kSum, ranks, t + row * k + rank);
     }
   }
 }
@@ -263,11 +270,11 @@ static bool shrink_row(const Matrix& x, const Factor* stack, int64_t count, floa
       for (; rank + C <= stack[i].k; rank += C)
         shrink_tile<D, float, 1, C, 0, D>(row, 0,
                                           rows_of_ranks(factors + rank * stack[i].stride_k, stack[i].stride_k, kUnit),
-                                          x.cols, sums + rank * kLanes, 1, false, sums);
+                                          x.cols, sums + rank * kSum, 1, false, sums);
     };
     tile(std::integral_constant<int, 2 * kShrinkRanks>{});
     tile(std::integral_constant<int, kShrinkRanks>{});
-    sums += stack[i].k * kLanes;
+    sums += stack[i].k * kSum;
   }
   sum_lanes(scratch().lanes, ranks, t);
   return true;

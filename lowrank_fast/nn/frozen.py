@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as _module
 
 from .. import backends, checks
+from ..autograd import differentiable_once
 from ..functional import dropout_seed, shrink
 from .inplace import dtype_for, without_autocast
 
@@ -73,7 +73,7 @@ class _Tap(torch.autograd.Function):
         return backends.namespace(backend).shrink(x, _stacked(blocks), dropout_p, seed), x
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, dt: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         d_blocks: list[Tensor | None] = [None] * len(needs)
@@ -146,7 +146,7 @@ class _FrozenLinear(torch.autograd.Function):
         return y, x
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, g: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
         need_x, need_hidden, need_up = ctx.needs_input_grad[:3]
         d_hidden = d_up = None

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
+from ..autograd import differentiable_once
 from .inplace import without_autocast
 
 
@@ -54,7 +54,7 @@ class _MixedBank(torch.autograd.Function):
         return _unflat(w @ _flat(B, major).to(t.dtype), B, major)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, d_up: Tensor) -> tuple[Tensor | None, ...]:
         need_t, need_R, need_B, _ = ctx.needs_input_grad
         rows, R, B, mask, p, w, kept = ctx.saved_tensors

@@ -7,13 +7,14 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
+import torch
 
 from ..support.process import run_python
 
 if importlib.util.find_spec("lowrank_fast._C") is None:
     pytest.skip("the C++ extension is not built", allow_module_level=True)
 
-from lowrank_fast import _C  # type: ignore[attr-defined]
+from lowrank_fast import _C, residual_add  # type: ignore[attr-defined]
 
 SUITE = "import runpy; runpy.run_module('tests.support.isa_suite', run_name='__main__')"
 REPORT = "from lowrank_fast import _C; print(_C.isa())"
@@ -54,3 +55,28 @@ def test_set_isa_refuses_what_the_environment_refuses_and_leaves_the_choice():
     ):
         _C.set_isa("sse9")
     assert _C.isa() == before
+
+
+@pytest.fixture(params=[isa for isa in _C.isas() if isa != "amx"])
+def chosen(request):
+    before, threads = _C.isa(), torch.get_num_threads()
+    _C.set_isa(request.param)
+    yield
+    _C.set_isa(before)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "d_in", "d_out", "rank"), [(300, 2048, 1024, 24), (9, 8192, 256, 24), (70, 1100, 40, 8)]
+)
+def test_a_rows_bits_depend_on_no_other_row_and_on_no_thread(chosen, rows, d_in, d_out, rank, dtype):
+    torch.manual_seed(0)
+    y, x = torch.randn(rows, d_out).to(dtype), torch.randn(rows, d_in).to(dtype)
+    A, B = torch.randn(rank, d_in).to(dtype), torch.randn(d_out, rank).to(dtype)
+    torch.set_num_threads(2)
+    whole = residual_add(y, x, A, B)
+    torch.set_num_threads(1)
+    assert torch.equal(residual_add(y, x, A, B), whole)
+    for some in (slice(0, 1), slice(2, 5), slice(1, rows)):
+        assert torch.equal(residual_add(y[some], x[some], A, B), whole[some])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_fast import functional, use_backend
@@ -33,6 +34,37 @@ def test_double_backward_is_refused_with_a_clear_error(backend, problem):
         (first,) = torch.autograd.grad(out.square().sum(), leaves["A"], create_graph=True)
         with pytest.raises(RuntimeError, match="differentiate twice"):
             first.square().sum().backward()
+
+
+@problems
+def test_double_backward_is_refused_where_no_gradient_coming_in_requires_grad(backend, problem):
+    leaves, _ = _leaves(problem, backend)
+    with use_backend(backend):
+        (first,) = torch.autograd.grad(problem.call(**leaves).sum(), leaves["x"], create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            first.square().sum().backward()
+
+
+def test_the_gradient_of_y_is_the_one_coming_in_and_stays_differentiable(backend):
+    leaves, _ = _leaves(ResidualAdd(), backend)
+    with use_backend(backend):
+        out = functional.residual_add(**leaves)
+        (first,) = torch.autograd.grad(out.square().sum(), leaves["y"], create_graph=True)
+    assert torch.allclose(first, 2 * out)
+    assert first.requires_grad
+
+
+@problems
+def test_forward_mode_is_refused_with_and_without_requires_grad(backend, problem):
+    inputs, _ = problem.tensors(device_of(backend))
+    for requires_grad in (False, True):
+        values = {name: value.clone().requires_grad_(requires_grad) for name, value in inputs.items()}
+        with use_backend(backend), forward_ad.dual_level():
+            values["x"] = forward_ad.make_dual(values["x"], torch.ones_like(values["x"]))
+            with pytest.raises(RuntimeError, match=r"jvp"):
+                problem.call(**values)
+    with use_backend(backend), pytest.raises(RuntimeError):
+        torch.func.jvp(lambda x: problem.call(**(inputs | {"x": x})), (inputs["x"],), (torch.ones_like(inputs["x"]),))
 
 
 @problems
