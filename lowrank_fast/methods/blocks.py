@@ -136,6 +136,8 @@ def find_projections(block: nn.Module, targets: list[str] | None = None) -> Proj
     """
     leaves: dict[str, tuple[str, nn.Module]] = {}
     for name, module in block.named_modules():
+        if isinstance(module, nn.ParameterDict):
+            continue  # the q/v LoRA of another LoR2C adapter at this block, which are named `query` and `value`
         leaves.setdefault(name.rpartition(".")[2], (name, module))  # self attention comes before cross attention
     leaves.pop("", None)
     if targets is not None:

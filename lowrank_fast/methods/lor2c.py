@@ -32,6 +32,7 @@ from ..nn.inplace import dtype_for, may_update
 from ..nn.residual import residual_update
 from ..nn.weights import Down, Up, uniform_
 from .blocks import Projections, linear_sizes
+from .lor2c_carry import Carried, Key
 
 MANIFEST_VERSION = 1
 
@@ -48,6 +49,11 @@ class Span:
     home: int
     gate: float = 1.0
     fade: int = 0
+
+    @property
+    def key(self) -> Key:
+        """What tells it from the other spans."""
+        return self.start, self.end, self.home
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,11 @@ class Progress:
     fade_steps: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    def rebase(self, step: int) -> None:
+        """Count on from `step` instead of `last_step`; what a fade has done of its way stays done."""
+        self.fade_begin += step - self.last_step if self.fade_steps else 0
+        self.last_step = step
+
 
 class Topology:
     """The spans of one adapter over the blocks of one model; runs them from hooks."""
@@ -170,20 +181,20 @@ class Topology:
         self.spans = [Span(i, i, i) for i in range(len(self.slots))]
         self.injected: dict[int, float] = {}
         self.progress = Progress()
-        self._hidden: dict[tuple[int, int, int], tuple[Tensor, bool]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hidden": {}}
+        self.carried = Carried()
 
     # ---------------------------------------------------------------------------------------------- forward
 
     def before(self, layer: int, x: Tensor, training: bool) -> None:
         """Keep `t = dropout(x) A^T` for the spans that start at block `layer` and end later."""
+        inside = [span.key for span in self.spans if span.start < layer <= span.end]
+        if inside and not torch.compiler.is_compiling():
+            self.carried.enter(inside, x)
         for span in self.spans:
             if span.start == layer and span.end != layer:
                 down = dtype_for(self.slots[span.home].down.weight, x).to(x.device)
                 t = F.shrink(x, down, dropout_p=self.settings.dropout, training=training)
-                self._hidden[span.start, span.end, span.home] = (t, torch.is_grad_enabled())
+                self.carried.start(span.key, x, t)
 
     def after(self, layer: int, x: Tensor, y: Tensor, training: bool) -> Tensor:
         """The output `y` of block `layer` with the spans that end there added."""
@@ -197,23 +208,16 @@ class Topology:
                     dropout_p=self.settings.dropout, training=training, inplace=self.settings.inplace,
                 )  # fmt: skip
             else:
-                t = self._take(span, slot).to(y.device)
+                t = self.carried.take(span.key, x, slot.down.weight.requires_grad).to(y.device)
                 up = dtype_for(slot.up.weight, y).to(y.device)
                 y = F.expand_add(y, t, up, scale, inplace=self.settings.inplace and may_update(y, t))
         return y
 
-    def _take(self, span: Span, slot: Slot) -> Tensor:
-        key = (span.start, span.end, span.home)
-        if torch.compiler.is_compiling():
-            return self._hidden.pop(key)[0]
-        # Kept, not popped: where hooks run inside a non-reentrant checkpoint, recomputing block `end` reads it again.
-        t, recorded = self._hidden[key]
-        if torch.is_grad_enabled() and not recorded and slot.down.weight.requires_grad:
-            raise RuntimeError(
-                f"LoR2C: the span from block {span.start} to {span.end} would lose its gradient: this model runs its "
-                "block hooks inside reentrant checkpointing; use gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
-        return t
+    def passed(self, layer: int, x: Tensor, y: Tensor) -> None:
+        """Block `layer` was given `x` and returns `y`, which holds the updates of all adapters."""
+        inside = [span.key for span in self.spans if span.start <= layer < span.end]
+        if inside and not torch.compiler.is_compiling():
+            self.carried.leave(inside, x, y)
 
     def project(self, layer: int, roles: tuple[str, ...], columns: Any, x: Tensor, y: Tensor, training: bool) -> Tensor:
         """The output `y` of a q, v or fused projection of block `layer` with its injected LoRA added."""

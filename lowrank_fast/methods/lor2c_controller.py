@@ -88,19 +88,43 @@ def check_plan(
     return k
 
 
+def check_schedule(
+    max_merges: int | str,
+    max_span: int | None,
+    merge_interval: int | None,
+    inject_interval: int | None,
+    fade_steps: int,
+) -> None:
+    """ValueError unless these are integers that allow what is wanted; None stands for the default."""
+    for name, value, least in (
+        ("max_span", max_span, 2 if max_merges else 1),  # a merged span covers two blocks or more
+        ("merge_interval", merge_interval, 1),
+        ("inject_interval", inject_interval, 1),
+        ("fade_steps", fade_steps, 0),
+    ):
+        if value is None and name != "fade_steps":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"LoR2CController: {name} must be an integer >= {least}; got {value!r}")
+
+
 def find_topology(model: nn.Module, adapter_name: str | None = None) -> Topology:
     """The topology of a LoR2C model: a `LoR2C` module, or a PEFT model's adapter (the active one by default)."""
     own = getattr(model, "topology", None)
     if isinstance(own, Topology):
         return own
+    found: dict[str, Topology] = {}
+    name = adapter_name
     for module in model.modules():
-        found = getattr(module, "lor2c_topologies", None)
-        if found:
-            name = adapter_name or getattr(module, "active_adapters", ["default"])[0]
-            if name not in found:
-                raise ValueError(f"no LoR2C adapter {name!r}; there are {', '.join(map(repr, found))}")
-            return found[name]
-    raise ValueError(f"{type(model).__name__} has no LoR2C adapter")
+        topologies = getattr(module, "lor2c_topologies", None)
+        if topologies:
+            found.update(topologies)
+            name = name or next(iter(module.active_adapters), None)  # type: ignore[arg-type]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no LoR2C adapter")
+    if name not in found:
+        raise ValueError(f"no LoR2C adapter {name!r}; there are {', '.join(map(repr, found))}")
+    return found[name]
 
 
 class LoR2CController:
@@ -115,10 +139,16 @@ class LoR2CController:
         merge_interval, inject_interval: steps between events, instead of the paper's schedule.
         fade_steps: cross-fade over so many steps instead of switching at once; with `torch.compile` each step of a fade
             recompiles.
-    Raises: ValueError for a plan that cannot work: see `check_plan`; injections that the adapter was not made for.
+    Raises: ValueError for a plan that cannot work: see `check_plan` and `check_schedule`; injections that the adapter
+        was not made for.
 
     Call `step(n)` after the n-th optimizer step (n from 1), or pass `callback()` to transformers' Trainer. What it
     does and why is logged to "lowrank_fast.lor2c" and kept in `history`, which is saved with the adapter.
+
+    A step is ignored unless it is after the last one, also that of an earlier controller or of the run that saved the
+    adapter. Only where the first step of a controller (or the first after `begin`) is before that one has a new run
+    begun: the schedule starts again, a fade goes on from where it is, and events done still count towards `max_merges`
+    and `max_injections`.
     """
 
     def __init__(
@@ -140,6 +170,7 @@ class LoR2CController:
         self.topology = model if isinstance(model, Topology) else find_topology(model, adapter_name)
         r = self.topology.settings.r
         self.k = check_plan(len(self.topology.slots), r, max_merges, max_injections, sfs_k, auto_threshold)
+        check_schedule(max_merges, max_span, merge_interval, inject_interval, fade_steps)
         if max_injections and not self.topology.can_inject:
             raise ValueError("max_injections: this adapter has no dormant q/v LoRA; create it with max_injections > 0")
         self.max_merges, self.max_injections = max_merges, max_injections
@@ -147,6 +178,7 @@ class LoR2CController:
         self.max_span, self.fade_steps = max_span, fade_steps
         self.threshold = auto_threshold * (1.0 - self.k / r)
         self._intervals = (merge_interval, inject_interval)
+        self._at_begin = True
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -160,7 +192,8 @@ class LoR2CController:
         return trainer_callback(self)
 
     def begin(self, total_steps: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """What a trainer knows at the start; values given at construction win."""
+        """What a trainer knows at the start of a run; values given at construction win."""
+        self._at_begin = True
         self.total_steps = total_steps if self.total_steps is None else self.total_steps
         self.optimizer = optimizer if self.optimizer is None else self.optimizer
 
@@ -219,13 +252,15 @@ class LoR2CController:
             if self.total_steps is None:
                 raise ValueError("LoR2CController: total_steps must be given (or intervals) before step() is called")
             interval = self.total_steps // (4 * limit) + 1
-        elif interval < 1:
-            raise ValueError(f"LoR2CController: intervals must be at least 1; got {interval}")
         return step % interval == 0 and (wanted != "auto" or step // interval <= AUTO_EVENTS)
 
     def step(self, step: int) -> list[dict[str, Any]]:
         """What is due after optimizer step `step`; returns the new entries of `history`."""
         progress = self.topology.progress
+        if self._at_begin and step < progress.last_step:
+            logger.info("step %d: a new run; the last one ended at step %d", step, progress.last_step)
+            progress.rebase(step - 1)
+        self._at_begin = False
         if step <= progress.last_step:
             return []
         progress.last_step = step

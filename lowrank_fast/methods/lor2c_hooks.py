@@ -1,7 +1,8 @@
 """Attaching LoR2C to a model: hooks on its blocks and projections, slots for its tensors, and `LoR2C` itself.
 
 Hooks, not wrapper modules: attribute access, state-dict keys, FSDP wrapping and hidden-state recorders stay as they
-are.
+are. A hook of someone else that ran before ours (on a block, or on a module in it such as BERT's last LayerNorm) may
+have kept the tensor that the update would go into: such a block is updated in a copy.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ..nn.inplace import first_tensor
+from ..nn.inplace import first_tensor, hooked
 from ..nn.weights import Down, positive
 from .blocks import Projections, find_layers, find_projections, hidden_size
 from .lor2c import Settings, Slot, Topology
@@ -21,9 +23,29 @@ from .lor2c import Settings, Slot, Topology
 class BlockHooks:
     """The hooks of one block; `active()` yields the topologies to run and whether they are in training."""
 
+    keeps_outputs = False
+
     def __init__(self, layer: int, active: Callable[[], Iterable[tuple[Topology, bool]]]) -> None:
         self.layer = layer
         self.active = active
+        self._watched, self._looked_at = False, -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_looked_at": -1}  # another process numbers its hooks anew
+
+    def watched(self, module: nn.Module) -> bool:
+        """Whether a hook may have kept the output of the block before ours ran.
+
+        Looking through a block takes 15 us, so it is done again only after a hook was registered somewhere, or while
+        there is one that could have been removed. A module that brings its hook along is missed if it is put into the
+        block later.
+        """
+        if torch.compiler.is_compiling():
+            return False  # nothing is updated in place there
+        latest = RemovableHandle.next_id
+        if self._watched or self._looked_at != latest:
+            self._watched, self._looked_at = hooked(module, self.after), latest
+        return self._watched
 
     @staticmethod
     def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -35,8 +57,14 @@ class BlockHooks:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         y = hidden = first_tensor(output)
-        for topology, training in self.active():
+        active = list(self.active())
+        writes = (t.settings.inplace and any(span.end == self.layer for span in t.spans) for t, _ in active)
+        if any(writes) and self.watched(module):
+            hidden = y.clone()
+        for topology, training in active:
             hidden = topology.after(self.layer, self._input(args, kwargs), hidden, training)
+        for topology, _ in active:
+            topology.passed(self.layer, self._input(args, kwargs), hidden)
         if hidden is y:
             return output
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -52,13 +80,18 @@ class BlockHooks:
 class ProjectionHook:
     """The hook of one q, v or fused projection."""
 
+    keeps_outputs = False
+
     def __init__(
         self, layer: int, roles: tuple[str, ...], columns: Any, active: Callable[[], Iterable[tuple[Topology, bool]]]
     ) -> None:
         self.layer, self.roles, self.columns, self.active = layer, roles, columns, active
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        for topology, training in self.active():
+        active = [(t, training) for t, training in self.active() if self.layer in t.injected]
+        if any(t.settings.inplace for t, _ in active) and hooked(module, self.after):
+            output = output.clone()
+        for topology, training in active:
             output = topology.project(self.layer, self.roles, self.columns, args[0], output, training)
         return output
 

@@ -101,6 +101,10 @@ class Reducer:
 
     Call `begin_step(n)` before the forward of optimizer step n (from 0) and `end_backward(n)` after its backward,
     before the optimizer; or pass `callback()` to transformers' Trainer. `active` holds the units of the running step.
+
+    A step is scored once: not again in a step before or at the last that was, also by an earlier Reducer or by the run
+    that saved the adapter. Only where the first step of a Reducer (or the first after `begin`) is before it has a new
+    run begun, which scores from its start on, beginning with the scores that are there.
     """
 
     def __init__(
@@ -128,8 +132,9 @@ class Reducer:
                 raise ValueError(f"Reducer: {name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
         if not 0.0 < keep_ratio <= 1.0:
             raise ValueError(f"Reducer: keep_ratio must be in (0, 1]; got {keep_ratio}")
-        if interval < 1:
-            raise ValueError(f"Reducer: interval must be at least 1; got {interval}")
+        for name, count, least in (("interval", interval, 1), ("warmup", 0 if warmup is None else warmup, 0)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < least:
+                raise ValueError(f"Reducer: {name} must be an integer >= {least}; got {count!r}")
         if not layers:
             raise ValueError("Reducer: the model has no layer to choose from")
         if importance == "suppression" and validation is None and keep_ratio < 1.0:
@@ -149,6 +154,7 @@ class Reducer:
         self.active = list(self.units)
         self._validation = validation
         self._drop: list[str] = []
+        self._at_begin = True
 
     @property
     def scores(self) -> dict[str, float]:
@@ -162,7 +168,8 @@ class Reducer:
         return trainer_callback(self)
 
     def begin(self, total_steps: int, optimizer: Any) -> None:
-        """Nothing to do: choices need neither."""
+        """The next step may be the first of a new run; choices need neither argument."""
+        self._at_begin = True
 
     def step(self, step: int) -> None:
         """Nothing to do after the optimizer."""
@@ -171,6 +178,9 @@ class Reducer:
 
     def begin_step(self, step: int) -> list[str]:
         """Score if due, then choose and set the active units of optimizer step `step`; returns them."""
+        if self._at_begin and step < self.state.last_step:
+            self.state.last_step = step - 1
+        self._at_begin = False
         if self.keep == len(self.units):
             return self.active
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)

@@ -15,7 +15,7 @@ from .. import checks
 from .. import functional as F
 from ..reference import ROUTER_INPUTS, ROUTINGS, bank_as_matrix, mean_over_tokens
 from .frozen import frozen_linear, frozen_linear_of, shrink_rows
-from .inplace import dtype_for, flat_stream, like_stream, may_update, without_autocast
+from .inplace import dtype_for, flat_stream, hooked, like_stream, may_update, without_autocast
 from .mixing import mixed_bank
 from .residual import residual_update
 from .weights import Bank, Down, positive
@@ -36,26 +36,27 @@ def routed_update(
     active: Tensor | bool | None = None,
     dropout_p: float = 0.0,
     training: bool = False,
+    inplace: bool = True,
 ) -> Tensor:
-    """`y + s * sum_e w_e (dropout(x) A^T) B_e^T`, in place where that is safe.
+    """`y + s * sum_e w_e (dropout(x) A^T) B_e^T`, in place where that is safe, if `inplace`.
 
     Arguments as in `lowrank_fast.routed_projection`; additionally a bank of one expert needs neither `R` nor
-    `weights`, and dtypes are matched to `y`.
+    `weights`, and dtypes are matched to `y`. `inplace=False` where a hook may have kept `y` (see `inplace.hooked`).
     """
     if B.shape[0] == 1 and R is None and weights is None:
         up = B.squeeze(0)
         up = up.detach() if active is False else up
         if isinstance(active, Tensor):
             up = torch.where(active, up, up.detach())
-        return residual_update(y, x, A, up, scale, dropout_p=dropout_p, training=training)
+        return residual_update(y, x, A, up, scale, dropout_p=dropout_p, training=training, inplace=inplace)
     x = like_stream(x, y)
     A, B = dtype_for(A, y), dtype_for(B, y)
     shape = y.shape
-    inplace = may_update(y, x)
-    if not inplace and routing != "sample":
+    write = inplace and may_update(y, x)
+    if inplace and not write and routing != "sample":
         flat = flat_stream(y, x)
         if flat is not None:
-            y, x, inplace = flat, x.view(flat.shape[0], -1), True
+            y, x, write = flat, x.view(flat.shape[0], -1), True
             token_mask = None if token_mask is None else token_mask.reshape(-1)
     out = F.routed_projection(
         y,
@@ -69,7 +70,7 @@ def routed_update(
         weights=weights,
         token_mask=token_mask,
         active=active,
-        inplace=inplace,
+        inplace=write,
         dropout_p=dropout_p,
         training=training,
     )
@@ -123,14 +124,14 @@ def branch(
         return (p[..., :, None] * t[..., None, :]).flatten(-2), bank_as_matrix(B)
 
 
-def add_branch(y: Tensor, x: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
-    """`y + s * hidden up^T`, in place where that is safe; `y` is what a layer made of `x`."""
+def add_branch(y: Tensor, x: Tensor, hidden: Tensor, up: Tensor, scale: float, *, inplace: bool = True) -> Tensor:
+    """`y + s * hidden up^T`, in place where that is safe, if `inplace`; `y` is what a layer made of `x`."""
     shape, up = y.shape, dtype_for(up, y)
-    inplace = may_update(y, x)
-    flat = None if inplace else flat_stream(y, x)
+    write = inplace and may_update(y, x)
+    flat = flat_stream(y, x) if inplace and not write else None
     if flat is None:
-        return F.expand_add(y, hidden, up, scale, inplace=inplace)
-    return F.expand_add(flat, hidden.flatten(0, -2), up, scale, inplace=True).view(shape)
+        return F.expand_add(y, hidden, up, scale, inplace=write)
+    return F.expand_add(flat, hidden.reshape(flat.shape[0], hidden.shape[-1]), up, scale, inplace=True).view(shape)
 
 
 class RoutedLinear(nn.Module):
@@ -200,7 +201,7 @@ class RoutedLinear(nn.Module):
         if linear is None:
             return routed_update(
                 self.base(x), x, self.down.weight, self.bank.bank, router, scale, router_input=self.router_input,
-                dropout_p=p, training=self.training, **mixing,
+                dropout_p=p, training=self.training, inplace=not hooked(self.base), **mixing,
             )  # fmt: skip
         on_x = self.router_input == "x"
         rows = [self.down.weight] if router is None or not on_x or p > 0.0 else [self.down.weight, router]

@@ -16,7 +16,6 @@ read different tensors (cross attention) the group dissolves for good, at the pr
 
 from __future__ import annotations
 
-import copy
 import re
 import weakref
 from collections.abc import Callable, Sequence
@@ -81,12 +80,9 @@ class SharedInput:
         self._reader: list[Tensor] = []
         self.dissolved = False
 
-    def __deepcopy__(self, memo: dict[int, object]) -> SharedInput:
-        # Members hold the group and the group holds them: known to `memo` before they are copied.
-        twin = copy.copy(self)
-        memo[id(self)] = twin
-        twin._rows, twin._input, twin._parts, twin._reader = copy.deepcopy(self._rows, memo), None, {}, []
-        return twin
+    def __getstate__(self) -> dict[str, object]:
+        # A copy or a file takes no activations along; the weak reference could not be pickled either.
+        return {**self.__dict__, "_input": None, "_parts": {}, "_reader": []}
 
     def take(
         self, member: int, x: Tensor, dtype: torch.dtype, dropout_p: float = 0.0, training: bool = False

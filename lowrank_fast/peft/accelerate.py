@@ -4,7 +4,8 @@
     restore_adapters(model)
 
 Only the `forward` of each layer instance is replaced: parameters, names, checkpoints, merging and switching stay
-PEFT's. A call that the fused path does not cover (merged, disabled, `adapter_names=`) goes to PEFT's own forward.
+PEFT's. A call that the fused path does not cover (merged, disabled, `adapter_names=`, an active adapter with DoRA or a
+bias, whenever it was added) goes to PEFT's own forward.
 PEFT copies the activations to float32 where adapters are float32 beside a 16-bit model; here the kernels convert in
 registers.
 
@@ -13,69 +14,100 @@ Dropout masks come from a counter-based generator: the same distribution as nn.D
 
 from __future__ import annotations
 
-import copy
-import types
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lily.layer import Linear as PeftLilyLinear
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..nn.frozen import Hidden, frozen_linear, frozen_linear_of, shrink_rows
+from ..nn.inplace import hooked
 from ..nn.routed import add_branch, branch, routed_update
 from ..nn.shared_input import SharedInput, sibling_groups
 from .layer import FastLinear
 from .lor2c import LoR2CLayer
 
 _MARK = "_lowrank_fast_group"
+_PEFTS_KEYWORDS = ("adapter_names", *VARIANT_KWARG_KEYS)  # not for the base layer; only PEFT's own forward knows them
 
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """Which layers were taken, and which not and why."""
+    """Which layers were taken, and which not and why; `partly`: why adapters of a taken layer stay PEFT's."""
 
     taken: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     shared_inputs: int = 0
+    partly: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"accelerated {len(self.taken)} adapter layers; {self.shared_inputs} groups share one input"]
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.refused.items():
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            lines.append(f"left {len(names)} as they are: {reason} ({shown})")
+        for action, layers in (("left {} as they are", self.refused), ("of those, {} only in part", self.partly)):
+            reasons: dict[str, list[str]] = {}
+            for name, reason in layers.items():
+                reasons.setdefault(reason, []).append(name)
+            for reason, names in reasons.items():
+                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                lines.append(f"{action.format(len(names))}: {reason} ({shown})")
         return "\n".join(lines)
 
 
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, partial) and forward.func is _forward
+
+
 def _refusal(layer: Any) -> str | None:
-    """Why a tuner layer cannot be taken; None when it can."""
-    if type(layer) is PeftLilyLinear:
-        return None
-    if type(layer) is not PeftLoraLinear:
+    """Why a tuner layer cannot be taken, whatever its adapters; None when it can."""
+    if type(layer) not in (PeftLilyLinear, PeftLoraLinear):
         return f"{type(layer).__module__.removeprefix('peft.tuners.')}.{type(layer).__name__} has no fused form here"
-    if layer.lora_variant:
-        return f"it uses {type(next(iter(layer.lora_variant.values()))).__name__} (DoRA and other variants)"
-    if any(layer.lora_bias.values()):
-        return "its lora_B has a bias"
+    forward = layer.__dict__.get("forward")
+    known = forward is None or _is_ours(forward) or getattr(forward, "__func__", None) is type(layer).forward
+    if not known and _MARK not in layer.__dict__:  # with the mark it wraps ours
+        return "its forward was replaced before, which acceleration would undo (accelerate's hooks do that)"
     return None
 
 
-def _plain_call(layer: Any, kwargs: dict[str, Any]) -> bool:
-    return not (layer.disable_adapters or layer.merged or kwargs.get("adapter_names") is not None)
+def _apart(layer: Any) -> dict[str, str]:
+    """Adapter -> why it goes through PEFT's own forward, for those of the `layer` that do."""
+    reasons = {name: _kind(layer).refusal(layer, name) for name in _kind(layer).names(layer)}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _plain_call(layer: Any, kind: type[_Lora] | type[_Lily], kwargs: dict[str, Any]) -> bool:
+    if not hasattr(layer, _MARK):  # restored, but something that wrapped this forward still calls it
+        return False
+    if layer.disable_adapters or layer.merged:
+        return False
+    if kwargs and any(kwargs.get(key) is not None for key in _PEFTS_KEYWORDS):
+        return False
+    return all(kind.fused(layer, name) for name in layer.active_adapters)
 
 
 class _Lora:
     """What differs between methods: the tensors of one LoRA adapter of a layer."""
 
     @staticmethod
+    def names(layer: Any) -> list[str]:
+        return list(layer.lora_A)
+
+    @staticmethod
     def holds(layer: Any, adapter: str) -> bool:
         return adapter in layer.lora_A
+
+    @staticmethod
+    def fused(layer: Any, adapter: str) -> bool:
+        return adapter not in layer.lora_variant and not layer.lora_bias.get(adapter)
+
+    @staticmethod
+    def refusal(layer: Any, adapter: str) -> str | None:
+        if adapter in layer.lora_variant:
+            return f"it uses {type(layer.lora_variant[adapter]).__name__} (DoRA and other variants)"
+        return "its lora_B has a bias" if layer.lora_bias.get(adapter) else None
 
     @staticmethod
     def dropout(layer: Any, adapter: str) -> float:
@@ -99,8 +131,20 @@ class _Lily:
     """The same for PEFT's Lily."""
 
     @staticmethod
+    def names(layer: Any) -> list[str]:
+        return list(layer.lily_A)
+
+    @staticmethod
     def holds(layer: Any, adapter: str) -> bool:
         return adapter in layer.lily_A
+
+    @staticmethod
+    def fused(layer: Any, adapter: str) -> bool:
+        return True
+
+    @staticmethod
+    def refusal(layer: Any, adapter: str) -> str | None:
+        return None
 
     @staticmethod
     def dropout(layer: Any, adapter: str) -> float:
@@ -122,7 +166,7 @@ class _Lily:
 
 
 def _kind(layer: Any) -> type[_Lora] | type[_Lily]:
-    return _Lily if type(layer) is PeftLilyLinear else _Lora
+    return _Lily if isinstance(layer, PeftLilyLinear) else _Lora
 
 
 def _rows(layer: Any, with_dropout: bool) -> list[Tensor]:
@@ -135,33 +179,35 @@ def _shared(layer: Any, adapters: list[str], dropout_p: float, x: Tensor, dtype:
     if found is None or len(layer.active_adapters) != 1 or dropout_p > 0.0:
         return None
     group, member = found
-    if member == 0 and not all(_kind(m).holds(m, adapters[0]) for m in group.layers):
+    if member == 0 and not all(_kind(m).holds(m, adapters[0]) and _kind(m).fused(m, adapters[0]) for m in group.layers):
         return None
     return group.take(member, x, dtype)
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if not _plain_call(self, kwargs):
+    kind = _kind(self)
+    if not _plain_call(self, kind, kwargs):
         return type(self).forward(self, x, *args, **kwargs)
     if hasattr(self, "_check_forward_args"):
         self._check_forward_args(x, *args, **kwargs)
-    kwargs.pop("adapter_names", None)
-    kind = _kind(self)
+    for key in _PEFTS_KEYWORDS:
+        kwargs.pop(key, None)
     adapters = [name for name in self.active_adapters if kind.holds(self, name)]
     linear = frozen_linear_of(self.base_layer, x) if len(adapters) == 1 and not (args or kwargs) else None
     if linear is not None:
         return _with_frozen(self, kind, linear, adapters[0], x)
     y = self.base_layer(x, *args, **kwargs)
+    inplace = not hooked(self.base_layer)
     for name in adapters:
         p = kind.dropout(self, name)
         source = _shared(self, adapters, p, x, y.dtype)
         if source is not None:
-            y = add_branch(y, x, *kind.branch(self, name, source.parts[0]), self.scaling[name])
+            y = add_branch(y, x, *kind.branch(self, name, source.parts[0]), self.scaling[name], inplace=inplace)
         else:
             bank, router = kind.bank(self, name)
             y = routed_update(
                 y, x, kind.down(self, name), bank, router, self.scaling[name], routing="batch", dropout_p=p,
-                training=p > 0.0,
+                training=p > 0.0, inplace=inplace,
             )  # fmt: skip
     return y
 
@@ -182,22 +228,32 @@ def accelerate_adapters(model: nn.Module, *, fuse_inputs: bool = True, verbose: 
         fuse_inputs: one shrink for layers that read the same tensor (q, k, v; gate, up).
         verbose: print the report.
 
-    Returns: which layers were taken, and which not and why. Calling it twice changes nothing.
+    Returns: which layers were taken, and which not and why. Calling it twice changes nothing; calling it after adapters
+    were added or deleted brings the groups and the report up to date.
     """
     taken: dict[str, Any] = {}
     refused: dict[str, str] = {}
+    partly: dict[str, str] = {}
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer) or isinstance(layer, (FastLinear, LoR2CLayer)):
             continue
         reason = _refusal(layer)
+        apart = {} if reason is not None else _apart(layer)
+        if reason is None and apart and len(apart) == len(_kind(layer).names(layer)):
+            reason = next(iter(apart.values()))
         if reason is not None:
             refused[name] = reason
+            _restore(layer)
             continue
+        if apart:
+            partly[name] = "; ".join(f"{adapter!r} stays PEFT's: {why}" for adapter, why in apart.items())
         taken[name] = layer
+        if _MARK not in layer.__dict__ or "forward" not in layer.__dict__:
+            # Not a bound method, which pickle would look up by name on the layer.
+            object.__setattr__(layer, "forward", partial(_forward, layer))
         object.__setattr__(layer, _MARK, None)
-        object.__setattr__(layer, "forward", types.MethodType(_forward, layer))
     groups = _group(taken) if fuse_inputs else 0
-    report = AccelerationReport(list(taken), refused, groups)
+    report = AccelerationReport(list(taken), refused, groups, partly)
     if verbose:
         print(report)
     return report
@@ -209,12 +265,6 @@ class _Group(SharedInput):
     def __init__(self, layers: list[Any]) -> None:
         super().__init__([partial(_rows, layer) for layer in layers])
         self.layers = layers
-
-    def __deepcopy__(self, memo: dict[int, object]) -> SharedInput:
-        twin = super().__deepcopy__(memo)
-        assert isinstance(twin, _Group)
-        twin.layers = copy.deepcopy(self.layers, memo)
-        return twin
 
 
 def _group(taken: dict[str, Any]) -> int:
@@ -229,15 +279,18 @@ def _group(taken: dict[str, Any]) -> int:
     return count
 
 
+def _restore(layer: Any) -> bool:
+    if _MARK not in layer.__dict__:
+        return False
+    object.__delattr__(layer, _MARK)
+    if _is_ours(layer.__dict__.get("forward")):  # else something wrapped it, and `_plain_call` steps aside
+        object.__delattr__(layer, "forward")
+    return True
+
+
 def restore_adapters(model: nn.Module) -> int:
     """Give the layers that `accelerate_adapters` took their own forward back; returns how many."""
-    count = 0
-    for layer in model.modules():
-        if _MARK in layer.__dict__:
-            object.__delattr__(layer, _MARK)
-            object.__delattr__(layer, "forward")
-            count += 1
-    return count
+    return sum([_restore(layer) for layer in model.modules()])
 
 
 __all__ = ["AccelerationReport", "accelerate_adapters", "restore_adapters"]

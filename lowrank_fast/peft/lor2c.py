@@ -6,6 +6,7 @@ layers, what the controller did) is saved with the tensors as JSON in `lor2c_man
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from ..methods.blocks import Projections, find_layers, find_projections
 from ..methods.lor2c import Settings, Slot, Topology, read_manifest
 from ..methods.lor2c_controller import LoR2CController, check_plan
 from ..methods.lor2c_hooks import BlockHooks, install_projections, make_slots, uniform_hidden_size
-from .tuner import PREFIX, FastTuner, adapter_of, config_of
+from .config import LoR2CConfig
+from .kinds import adapter_of_kind
+from .tuner import PREFIX, FastTuner
 
 CHILD = "lor2c"
 
@@ -36,30 +39,48 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self.handles = BlockHooks(layer, self.running).install(block)
-        self.hooked: set[str] = set()
+        self.projection_handles: dict[str, list[Any]] = {}
 
-    def running(self) -> list[tuple[Topology, bool]]:
-        """The topologies of the active adapters, and whether dropout is on."""
+    def running(self, only: str | None = None) -> list[tuple[Topology, bool]]:
+        """The topologies of the active adapters, or of one of them if it is active, and whether dropout is on."""
         if self._disable_adapters:
             return []
-        return [(self.lor2c_topologies[a], self.training) for a in self.active_adapters if a in self.lor2c_topologies]
+        names = [a for a in self.active_adapters if a in self.lor2c_topologies and only in (None, a)]
+        return [(self.lor2c_topologies[a], self.training) for a in names]
 
     def add(self, adapter_name: str, slot: Slot, topology: Topology, projections: Projections | None) -> None:
-        """Take the slot of a new adapter."""
+        """Take the slot of a new adapter, and hook its projections: other adapters may have others, or other roles."""
         self.lor2c_slot[adapter_name] = slot
         self.lor2c_topologies[adapter_name] = topology
         if projections is not None:
-            names = {name for name, _, _ in projections.modules}
-            if not names <= self.hooked:
-                self.handles += install_projections(self.layer, projections, self.running)
-                self.hooked |= names
+            own = partial(self.running, adapter_name)
+            self.projection_handles[adapter_name] = install_projections(self.layer, projections, own)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; the adapter's hooks go too."""
+        self._unhook(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _unhook(self, adapter_name: str) -> None:
+        for handle in self.projection_handles.pop(adapter_name, ()):
+            handle.remove()
+
+    def remove_hooks(self) -> None:
+        """Leave the block as it was."""
+        for adapter_name in list(self.projection_handles):
+            self._unhook(adapter_name)
+        for handle in self.handles:
+            handle.remove()
 
     def get_base_layer(self) -> nn.Module:
         return self
 
     @property
     def weight(self) -> Tensor:
-        return next(iter(self.parameters()))
+        """Some parameter, which tells PEFT device and dtype. Raises AttributeError if there is no adapter."""
+        for parameter in self.parameters():
+            return parameter
+        raise AttributeError("this LoR2CLayer has no adapter, hence no weight")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("LoR2C runs from hooks on its block")
@@ -134,8 +155,7 @@ class LoR2CModel(FastTuner):
         del config._built, config._blocks
 
     def _remove_layer(self, model: nn.Module, name: str, layer: Any) -> None:
-        for handle in layer.handles:
-            handle.remove()
+        layer.remove_hooks()
         parent = model.get_submodule(name.rpartition(".")[0])
         delattr(parent, CHILD)
 
@@ -160,13 +180,19 @@ class LoR2CModel(FastTuner):
     # ------------------------------------------------------------------------------------------ saving and loading
 
     @classmethod
-    def _names(cls, model: nn.Module) -> dict[int, str]:
-        return {layer.layer: name.removeprefix(PREFIX) for name, layer in cls._layers(model)}
+    def _names(cls, model: nn.Module, adapter_name: str) -> dict[int, str]:
+        """Block -> name of its layer. An encoder and a decoder may have an adapter each, both with a block 0."""
+        return {
+            layer.layer: name.removeprefix(PREFIX)
+            for name, layer in cls._layers(model)
+            if adapter_name in layer.lor2c_topologies
+        }
 
     @classmethod
     def _topology(cls, model: nn.Module, adapter_name: str) -> Topology:
         for _, layer in cls._layers(model):
-            return layer.lor2c_topologies[adapter_name]
+            if adapter_name in layer.lor2c_topologies:
+                return layer.lor2c_topologies[adapter_name]
         raise ValueError(f"the model has no LoR2C adapter {adapter_name!r}")
 
     @classmethod
@@ -187,7 +213,7 @@ class LoR2CModel(FastTuner):
         if extra is not None:
             manifest = read_manifest(extra)
             topology.check_manifest(manifest)
-        names = cls._names(model)
+        names = cls._names(model, adapter_name)
         return {f"{names[i]}.lor2c_slot.{leaf}": shape for (i, leaf), shape in topology.entries(manifest).items()}
 
     @classmethod
@@ -237,9 +263,10 @@ def lor2c_controller(
 
     For transformers' Trainer: `Trainer(..., callbacks=[lor2c_controller(model).callback()])`; in a loop of your own
     give `total_steps` and `optimizer` and call `step(n)` after the n-th optimizer step.
+
+    Raises: TypeError for a model without PEFT adapters or an adapter of another method; ValueError for an unknown name.
     """
-    name = adapter_of(model, adapter_name)
-    config = config_of(model, name)
+    name, config = adapter_of_kind("lor2c_controller", model, adapter_name, LoR2CConfig)
     return LoR2CController(
         model,
         total_steps,

@@ -156,3 +156,20 @@ def test_the_controller_asks_for_what_it_needs() -> None:
         LoR2CController(topology, 10, max_merges=-1)
     with pytest.raises(ValueError, match="at most the number of blocks, 2"):
         LoR2CController(topology, 10, max_merges=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"merge_interval": 0}, r"merge_interval must be an integer >= 1; got 0"),
+        ({"inject_interval": 2.5}, r"inject_interval must be an integer >= 1; got 2.5"),
+        ({"fade_steps": 1.5}, r"fade_steps must be an integer >= 0; got 1.5"),
+        ({"fade_steps": -1}, r"fade_steps must be an integer >= 0; got -1"),
+        ({"max_span": 1}, r"max_span must be an integer >= 2; got 1"),
+        ({"max_span": True}, r"max_span must be an integer >= 2; got True"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused_at_once(settings: dict[str, object], message: str) -> None:
+    topology = topology_of([spread(0.1), spread(0.2)])
+    with pytest.raises(ValueError, match=message):
+        LoR2CController(topology, 10, max_merges=1, **settings)  # type: ignore[arg-type]

@@ -141,5 +141,5 @@ def test_an_input_edited_before_the_backward_is_an_error(edited: str) -> None:
     inputs = {name: leaf * 1.0 for name, leaf in leaves.items()}
     up = mixed_bank(**inputs)
     inputs[edited].mul_(3.0)
-    with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
+    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
         up.sum().backward()
