@@ -75,9 +75,14 @@ class CalibrationReport:
         )
 
 
+def run(model: nn.Module, batch: Any) -> Any:
+    """What `model` returns for a batch: keyword arguments in a mapping (dict, BatchEncoding), or its one argument."""
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
 def output_of(model: nn.Module, batch: Any) -> Tensor:
     """The main output of a model: logits, the last hidden state, or the first tensor."""
-    found = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    found = run(model, batch)
     for name in ("logits", "last_hidden_state"):
         if isinstance(getattr(found, name, None), Tensor):
             return getattr(found, name)

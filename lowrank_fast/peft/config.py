@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 
 def _help(text: str, default: Any = None, factory: Any = None) -> Any:
@@ -24,17 +25,45 @@ def _one_of(owner: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None
         raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
+def _whole(owner: str, name: str, value: Any, least: int, why: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{owner}: {name} must be an integer; got {value!r}")
+    if value < least:
+        raise ValueError(f"{owner}: {name} must be at least {least}{why}; got {value}")
+
+
+def _dropout(owner: str, name: str, value: Any) -> None:
+    _finite(owner, name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{owner}: {name} must be in [0, 1); got {value}")
+
+
 def _finite(owner: str, name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{owner}: {name} must be a finite number; got {value!r}")
+
+
+class MethodName(str):
+    """A `peft_type` that PEFT does not know; `value` is what PEFT reads of its own types, in its error messages."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+# What may change between reading a configuration and loading the tensors beside it.
+_NOT_SHAPES = frozenset(("inference_mode", "task_type", "base_model_name_or_path", "revision", "auto_mapping"))
 
 
 @dataclass
 class FastConfig(PeftConfig):
     """What the three have in common; not for use by itself.
 
-    Raises ValueError for `r` below 1, dropout outside [0, 1), factors that are no finite numbers, and where a local
-    checkpoint holds no safetensors file: pickled ones are not read.
+    Raises ValueError for `r` below 1, dropout outside [0, 1), factors that are no finite numbers, counts that are no
+    integers or too small, `layers_to_transform` with a regex (as PEFT's LoRA does), and where a local checkpoint holds
+    no safetensors file: pickled ones are not read.
     """
 
     r: int = _help("Rank of the update.", 8)
@@ -53,14 +82,38 @@ class FastConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform")
         name = type(self).__name__
+        regex = isinstance(self.target_modules, str) and self.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND
+        if regex and self.layers_to_transform is not None:
+            raise ValueError(
+                f"{name}: layers_to_transform={self.layers_to_transform!r} cannot be used with a regex, target_modules="
+                f"{self.target_modules!r}: name the layers in the regex, or give target_modules as a list"
+            )
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"{name}: r must be an integer >= 1; got {self.r!r}")
         for factor in ("lora_alpha", "scaling", "lora_dropout"):
             if hasattr(self, factor):
                 _finite(name, factor, getattr(self, factor))
-        dropout = getattr(self, "lora_dropout", 0.0)
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"{name}: lora_dropout must be in [0, 1); got {dropout}")
+        _dropout(name, "lora_dropout", getattr(self, "lora_dropout", 0.0))
+
+    # A configuration read from a folder knows the tensors there until they are loaded. Once it has been changed, or
+    # used, it is a configuration like any other.
+
+    def _remember_tensors(self, path: str) -> None:
+        self._tensors = path
+        self._read_as = self._shapes()
+
+    def _shapes(self) -> dict[str, Any]:
+        return {f.name: copy.copy(getattr(self, f.name)) for f in fields(self) if f.name not in _NOT_SHAPES}
+
+    def tensors_file(self) -> str | None:
+        """The safetensors file that is about to be loaded with this configuration; None where there is none."""
+        path: str | None = getattr(self, "_tensors", None)
+        return path if path is not None and self._read_as == self._shapes() else None
+
+    def forget_tensors(self) -> None:
+        """The file has been loaded, or is not going to be."""
+        self.__dict__.pop("_tensors", None)
+        self.__dict__.pop("_read_as", None)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -69,7 +122,7 @@ class FastConfig(PeftConfig):
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         tensors = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         if os.path.isfile(tensors):
-            config._tensors = tensors
+            config._remember_tensors(tensors)
         elif os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
             raise ValueError(
                 f"{folder} holds {WEIGHTS_NAME}, a pickle, and no {SAFETENSORS_WEIGHTS_NAME}; pickles are not read: "
@@ -108,12 +161,30 @@ class LoR2CConfig(FastConfig):
     def __post_init__(self) -> None:
         targets = self.target_modules
         super().__post_init__()
-        self.peft_type = "LOR2C"
+        self.peft_type = MethodName("LOR2C")
         if targets is not None and not isinstance(targets, list):
             raise ValueError("LoR2CConfig: target_modules must be a list, [query, value] or [fused projection]")
         self.target_modules = targets  # in the order given
-        if self.fade_steps < 0:
-            raise ValueError(f"LoR2CConfig: fade_steps must be >= 0; got {self.fade_steps}")
+        for unused in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            if getattr(self, unused) is not None:
+                raise ValueError(
+                    f"LoR2CConfig: {unused} is not supported; got {getattr(self, unused)!r}. Every block of the list "
+                    "that `layers` names gets a branch: leave it out"
+                )
+        self._check_schedule("LoR2CConfig")
+
+    def _check_schedule(self, owner: str) -> None:
+        _whole(owner, "fade_steps", self.fade_steps, 0)
+        for name in ("sfs_k", "merge_interval", "inject_interval"):
+            if getattr(self, name) is not None:
+                _whole(owner, name, getattr(self, name), 1)
+        if self.max_span is not None:
+            pair = bool(self.max_merges)
+            _whole(owner, "max_span", self.max_span, 2 if pair else 1, " for a merge, of two blocks" if pair else "")
+        if self.injected_alpha is not None:
+            _finite(owner, "injected_alpha", self.injected_alpha)
+        if self.injected_dropout is not None:
+            _dropout(owner, "injected_dropout", self.injected_dropout)
 
 
 @dataclass
@@ -126,8 +197,10 @@ class LilyConfig(FastConfig):
     scaling: float = _help("Factor of the update; no division by r.", 1.0)
     lora_dropout: float = _help("Dropout on the adapter's input.", 0.0)
     routing: str = _help(
-        "'token': causal, independent of the batch, safe with a KV cache. 'sample': mean over a sample's tokens. "
-        "'batch': mean over all tokens, as published; outputs depend on batch mates and padding.",
+        "'token': causal, independent of the batch, safe with a KV cache. 'sample': mean over a sample's tokens; an "
+        "input [S, d] (poolers, heads) has one token per sample, unless the attention mask says that it holds the "
+        "tokens of a batch in one list (OPT's fc1). 'batch': mean over all tokens, as published; outputs depend on "
+        "batch mates and padding.",
         "token",
     )
     use_attention_mask: bool = _help("Leave padding out of 'batch' and 'sample' means.", True)
@@ -137,11 +210,9 @@ class LilyConfig(FastConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = "LILY_FAST"
-        if self.stride_A < 1:
-            raise ValueError(f"LilyConfig: stride_A must be at least 1; got {self.stride_A}")
-        if self.num_B < 2:
-            raise ValueError(f"LilyConfig: num_B must be at least 2 for a router to choose from; got {self.num_B}")
+        self.peft_type = MethodName("LILY_FAST")
+        _whole("LilyConfig", "stride_A", self.stride_A, 1)
+        _whole("LilyConfig", "num_B", self.num_B, 2, " for a router to choose from")
         _one_of("LilyConfig", "routing", self.routing, ("token", "sample", "batch"))
         _one_of("LilyConfig", "grouping", self.grouping, ("target", "peft"))
 
@@ -159,10 +230,12 @@ class LilyConfig(FastConfig):
         names: tuple[str, ...] = ("r", "stride_A", "num_B", "scaling", "init_weights", "inference_mode", "task_type")
         names += ("target_modules", "exclude_modules", "modules_to_save")
         names += ("layers_to_transform", "layers_pattern", "base_model_name_or_path")
-        fields = {name: getattr(theirs, name) for name in names}
-        config = cls(**fields, routing="batch", use_attention_mask=False, grouping="peft")
+        values = {name: getattr(theirs, name) for name in names}
+        if isinstance(theirs.target_modules, str) and theirs.target_modules != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            values["layers_to_transform"] = values["layers_pattern"] = None  # PEFT's Lily ignores them with a regex
+        config = cls(**values, routing="batch", use_attention_mask=False, grouping="peft")
         if not isinstance(source, PeftLily):
-            config._tensors = os.path.join(source, SAFETENSORS_WEIGHTS_NAME)  # type: ignore[attr-defined]
+            config._remember_tensors(os.path.join(source, SAFETENSORS_WEIGHTS_NAME))
         return config
 
 
@@ -192,13 +265,15 @@ class EffiLoRAConfig(FastConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = "EFFILORA"
-        if not isinstance(self.num_B, int) or self.num_B < 1:
+        self.peft_type = MethodName("EFFILORA")
+        if not isinstance(self.num_B, int) or isinstance(self.num_B, bool) or self.num_B < 1:
             raise ValueError(f"EffiLoRAConfig: num_B (heads E) must be an integer >= 1; got {self.num_B!r}")
+        _finite("EffiLoRAConfig", "keep_ratio", self.keep_ratio)
         if not 0.0 < self.keep_ratio <= 1.0:
             raise ValueError(f"EffiLoRAConfig: keep_ratio must be in (0, 1]; got {self.keep_ratio}")
-        if self.interval < 1:
-            raise ValueError(f"EffiLoRAConfig: interval must be at least 1; got {self.interval}")
+        _whole("EffiLoRAConfig", "interval", self.interval, 1)
+        if self.warmup is not None:
+            _whole("EffiLoRAConfig", "warmup", self.warmup, 0)
         _one_of("EffiLoRAConfig", "share_A", self.share_A, ("in_features", "slice", "target"))
         _one_of("EffiLoRAConfig", "a_grad", self.a_grad, ("all", "active"))
         _one_of("EffiLoRAConfig", "importance", self.importance, ("suppression", "gradient"))

@@ -22,9 +22,10 @@ from ..nn.inplace import dtype_for
 from ..nn.routed import branch, routed_update
 from ..nn.weights import Bank, Down
 from .config import EffiLoRAConfig
+from .kinds import adapter_of_kind
 from .layer import FastLinear, is_linear
 from .lily import group_key
-from .tuner import FastTuner, PaddingMask, adapter_of, config_of, json_tensor
+from .tuner import FastTuner, PaddingMask, json_tensor
 
 
 class EffiLoRALayer(FastLinear):
@@ -100,11 +101,11 @@ class EffiLoRALayer(FastLinear):
             logits = parts[1] if len(parts) > 1 else F.shrink(x, dtype_for(router, x))
         return branch(parts[0], bank, logits=logits, active=active)
 
-    def update(self, adapter: str, y: Tensor, x: Tensor) -> Tensor:
+    def update(self, adapter: str, y: Tensor, x: Tensor, inplace: bool) -> Tensor:
         A, bank, router, active = self._tensors(adapter)
         return routed_update(
             y, x, A, bank, router, self.scale(adapter), routing="token", router_input="x", active=active,
-            dropout_p=self.dropout[adapter], training=self.training,
+            dropout_p=self.dropout[adapter], training=self.training, inplace=inplace,
         )  # fmt: skip
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
@@ -228,9 +229,10 @@ def effilora_reducer(
 
     For transformers' Trainer: `callbacks=[effilora_reducer(model, validation=batches).callback()]`; in a loop of your
     own call `begin_step(n)` before the forward of step n (from 0) and `end_backward(n)` before the optimizer.
+
+    Raises: TypeError for a model without PEFT adapters or an adapter of another method; ValueError for an unknown name.
     """
-    name = adapter_of(model, adapter_name)
-    config = config_of(model, name)
+    name, config = adapter_of_kind("effilora_reducer", model, adapter_name, EffiLoRAConfig)
     handles = {
         key: Handle(layer, name)
         for key, layer in model.named_modules()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..methods.calibration import CalibrationReport, WeightRecorder, evaluating, measure
+from ..methods.calibration import CalibrationReport, WeightRecorder, evaluating, measure, run
 from ..nn.state import save_tensors
 from .effilora import EffiLoRAModel
 from .layer import FastLinear
@@ -24,39 +27,75 @@ def calibrate(model: nn.Module, batches: Iterable[Any], adapter_name: str | None
 
     Args:
         model: a PEFT model with a Lily adapter (or one that is already calibrated: it is done afresh).
-        batches: what the model takes: dicts of keyword arguments, or single tensors. They are run four times.
-        adapter_name: the active adapter by default.
+        batches: what the model takes: mappings of keyword arguments (dicts, what a tokenizer returns), or single
+            tensors. They are run four times.
+        adapter_name: the active adapter by default. It is calibrated by itself, whichever are active; these are again
+            afterwards.
 
     Returns: the error that this caused; `print` it. Afterwards the adapter is an ordinary LoRA: `merge_and_unload`,
         `unmerge_adapter` and `export_lora` work. `uncalibrate` brings the routers back.
-    Raises: ValueError if there is no Lily adapter or no batch.
+    Raises: ValueError if there is no Lily adapter or no batch. After an error in the model all is as it was.
     """
     name = adapter_of(model, adapter_name)
     layers = [m for m in model.modules() if isinstance(m, LilyLayer) and name in m.r]
     data = list(batches)
     if not layers or not data:
         raise ValueError(f"calibrate: needs a Lily adapter {name!r} and at least one batch")
+    before = {layer: layer.lily_static[name] for layer in layers if name in layer.lily_static}
     uncalibrate(model, name)
+    try:
+        with alone(model, name), evaluating(model):
+            return _calibrated(model, data, name, layers)
+    except BaseException:
+        _set_static(name, before, layers)
+        raise
+
+
+def _calibrated(model: Any, data: list[Any], name: str, layers: list[LilyLayer]) -> CalibrationReport:
     recorder = WeightRecorder()
-    with evaluating(model):
+    for layer in layers:
+        layer.recorder = name, recorder
+    try:
+        for batch in data:
+            run(model, batch)
+    finally:
         for layer in layers:
-            layer.recorder = recorder
-        try:
-            for batch in data:
-                model(**batch) if isinstance(batch, dict) else model(batch)
-        finally:
-            for layer in layers:
-                layer.recorder = None
-        weights = {layer: recorder.mean(layer) for layer in layers if layer in recorder.sums}
+            layer.recorder = None
+    weights = {layer: recorder.mean(layer) for layer in layers if layer in recorder.sums}
 
-        def static() -> None:
-            for layer, w in weights.items():
-                layer.lily_static[name] = w
+    def static() -> None:
+        _set_static(name, weights, layers)
 
-        errors = measure(model, data, static, lambda: uncalibrate(model, name), model.disable_adapter)
-        static()
+    errors = measure(model, data, static, lambda: uncalibrate(model, name), model.disable_adapter)
+    static()
     tokens = int(max(float(count) for count in recorder.tokens.values()))
     return CalibrationReport(len(weights), tokens, *errors, recorder.spread())
+
+
+def _set_static(name: str, weights: dict[LilyLayer, Tensor], layers: list[LilyLayer]) -> None:
+    for layer in layers:
+        if layer in weights:
+            layer.lily_static[name] = weights[layer]
+        elif name in layer.lily_static:
+            del layer.lily_static[name]
+
+
+@contextmanager
+def alone(model: Any, adapter_name: str) -> Iterator[None]:
+    """One adapter of a PEFT model as the only active one; afterwards those and `requires_grad` are as before."""
+    tuner = model.base_model
+    parts = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    active = [(part, part._active_adapter) for part in parts]
+    named, flags = tuner.active_adapter, [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        tuner.set_adapter(adapter_name)
+        yield
+    finally:
+        tuner.active_adapter = named
+        for part, names in active:
+            part._active_adapter = names
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def uncalibrate(model: nn.Module, adapter_name: str | None = None) -> None:

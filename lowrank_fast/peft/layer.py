@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..methods.blocks import linear_sizes
 from ..nn.frozen import Hidden, frozen_linear, frozen_linear_of, shrink_rows
+from ..nn.inplace import hooked
 from ..nn.routed import add_branch
 from ..nn.shared_input import SharedInput
 from .tuner import PaddingMask
@@ -59,8 +60,8 @@ class FastLinear(nn.Module, BaseTunerLayer):
         """The update as `hidden [.., k]` and `up [d_out, k]`, from the shrink `parts` of `rows`."""
         raise NotImplementedError
 
-    def update(self, adapter: str, y: Tensor, x: Tensor) -> Tensor:
-        """`y` with the whole update, shrink included, in one operation."""
+    def update(self, adapter: str, y: Tensor, x: Tensor, inplace: bool) -> Tensor:
+        """`y` with the whole update, shrink included, in one operation; in place where that is safe, if `inplace`."""
         raise NotImplementedError
 
     def scale(self, adapter: str) -> float:
@@ -89,12 +90,13 @@ class FastLinear(nn.Module, BaseTunerLayer):
         if linear is not None:
             return self._with_frozen(linear, names[0], x)
         y = self.base_layer(x, *args, **kwargs)
+        inplace = not hooked(self.base_layer)  # a forward hook may have kept y
         for name in names:
             source = self.shared(name, x, y.dtype)
             if source is None:
-                y = self.update(name, y, x)
+                y = self.update(name, y, x, inplace)
             else:
-                y = add_branch(y, x, *self.branch(name, x, source.parts), self.scale(name))
+                y = add_branch(y, x, *self.branch(name, x, source.parts), self.scale(name), inplace=inplace)
         return y
 
     def _with_frozen(self, linear: nn.Linear, name: str, x: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ class FastLinear(nn.Module, BaseTunerLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
+        """Put the base weight back, bit for bit; in the dtype and on the device that it has now."""
         weight: Any = self.get_base_layer().weight
         while self.merged_adapters:
-            weight.data = self._merged_deltas.pop(self.merged_adapters.pop())
+            weight.data = self._merged_deltas.pop(self.merged_adapters.pop()).to(weight)

@@ -25,6 +25,11 @@ from .layer import FastLinear, is_linear
 from .tuner import PREFIX, FastTuner, PaddingMask, read_header
 
 
+def reads_mask(routing: str, use_mask: bool) -> bool:
+    """Whether the outputs of an adapter depend on the attention mask."""
+    return routing == "sample" or (routing == "batch" and use_mask)
+
+
 class LilyLayer(FastLinear):
     """One adapted linear layer."""
 
@@ -40,7 +45,7 @@ class LilyLayer(FastLinear):
         self.lily_B: Any = nn.ModuleDict({})
         self.lily_router: Any = nn.ModuleDict({})
         self.lily_static: Any = BufferDict({}, persistent=True)
-        self.recorder: WeightRecorder | None = None
+        self.recorder: tuple[str, WeightRecorder] | None = None
 
     def add(self, adapter: str, config: LilyConfig, down: Down | None, bank: Bank | None) -> None:
         """Take a new adapter, with the tensors it shares; None makes new ones."""
@@ -65,31 +70,44 @@ class LilyLayer(FastLinear):
     def _static(self, adapter: str) -> Tensor | None:
         return self.lily_static[adapter] if adapter in self.lily_static else None  # noqa: SIM401  (no get)
 
+    def _reads_mask(self, adapter: str) -> bool:
+        """Whether the mask says what to leave out of a mean, or which tokens of a flat input are one sample."""
+        return adapter in self.r and reads_mask(self.routing[adapter], self.use_mask[adapter])
+
     def _mask(self, adapter: str, x: Tensor) -> Tensor | None:
         averaged = self.use_mask[adapter] and self.routing[adapter] != "token"
         return self.padding.tokens(x) if averaged else None
 
+    def _routing(self, adapter: str, x: Tensor) -> str:
+        # In x [S, d] each sample has one token, whose weights are its own mean.
+        one_token = self.routing[adapter] == "sample" and x.dim() < 3
+        return "token" if one_token else self.routing[adapter]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As `FastLinear.forward`; while a calibration runs, it records the routing weights."""
+        """As `FastLinear.forward`; while a calibration runs, it records the routing weights of that adapter."""
+        if x.dim() == 2 and (self.recorder is not None or any(map(self._reads_mask, self.active_adapters))):
+            shape = self.padding.folded(x)
+            if shape is not None:
+                return self.forward(x.unflatten(0, shape), *args, **kwargs).flatten(0, 1)
         if self.recorder is not None:
-            for name in self.r.keys() & set(self.active_adapters):
-                A, R = self.lily_A[name].weight, self.lily_router[name].weight
-                self.recorder.record(self, x, A, R, self.padding.tokens(x))
+            name, recorder = self.recorder
+            A, R = self.lily_A[name].weight, self.lily_router[name].weight
+            recorder.record(self, x, A, R, self.padding.tokens(x))
         return super().forward(x, *args, **kwargs)
 
     def branch(self, adapter: str, x: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
         return branch(
-            parts[0], self.lily_B[adapter].bank, self.lily_router[adapter].weight, routing=self.routing[adapter],
+            parts[0], self.lily_B[adapter].bank, self.lily_router[adapter].weight, routing=self._routing(adapter, x),
             weights=self._static(adapter), token_mask=self._mask(adapter, x),
         )  # fmt: skip
 
-    def update(self, adapter: str, y: Tensor, x: Tensor) -> Tensor:
+    def update(self, adapter: str, y: Tensor, x: Tensor, inplace: bool) -> Tensor:
         static = self._static(adapter)
-        routing, router = self.routing[adapter], self.lily_router[adapter].weight
+        routing, router = self._routing(adapter, x), self.lily_router[adapter].weight
         return routed_update(
             y, x, self.lily_A[adapter].weight, self.lily_B[adapter].bank, router if static is None else None,
             self.scaling[adapter], routing=routing if static is None else "static", weights=static,
-            token_mask=self._mask(adapter, x), dropout_p=self.dropout[adapter], training=self.training,
+            token_mask=self._mask(adapter, x), dropout_p=self.dropout[adapter], training=self.training, inplace=inplace,
         )  # fmt: skip
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
@@ -114,8 +132,9 @@ class LilyModel(FastTuner):
         super()._check_config(config, model)
         if not hasattr(self, "padding"):
             self.padding = PaddingMask()
+            self.padding_handles: list[Any] = []
             if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-                self.padding_handle = model.register_forward_pre_hook(self.padding.hook, with_kwargs=True)
+                self.padding_handles = self.padding.watch(model)
         config._shared = {}
 
     def _create_and_replace(
@@ -156,8 +175,10 @@ class LilyModel(FastTuner):
             self._drop_padding_hook()
 
     def _drop_padding_hook(self) -> None:
-        if hasattr(self, "padding_handle"):
-            self.padding_handle.remove()
+        if hasattr(self, "padding"):
+            for handle in self.padding_handles:
+                handle.remove()
+            del self.padding, self.padding_handles  # the next adapter makes new ones
 
     def unload(self) -> nn.Module:
         """The model without adapters."""
@@ -186,11 +207,9 @@ class LilyModel(FastTuner):
             elif bare not in static and adapter_name in layer.lily_static:
                 del layer.lily_static[adapter_name]
 
-    def _check_file(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        path = getattr(config, "_tensors", None)
-        if path is not None:
-            self._prepare_load(model, adapter_name, [key.removeprefix(PREFIX) for key in read_header(path)])
-        super()._check_file(model, config, adapter_name)
+    def _check_file(self, model: nn.Module, path: str, adapter_name: str) -> None:
+        self._prepare_load(model, adapter_name, [key.removeprefix(PREFIX) for key in read_header(path)])
+        super()._check_file(model, path, adapter_name)
 
 
 def group_key(targets: set[str] | list[str] | str | None, name: str, grouping: str = "target") -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,8 +40,12 @@ def json_tensor(value: Any) -> Tensor:
 
 
 def adapter_of(model: Any, adapter_name: str | None) -> str:
-    """`adapter_name`, or the active adapter of a PEFT model."""
-    return adapter_name if adapter_name is not None else str(model.active_adapter)
+    """`adapter_name`, or the active adapter of a PEFT model; ValueError if `model` is none."""
+    if adapter_name is not None:
+        return adapter_name
+    if not hasattr(model, "active_adapter"):
+        raise ValueError(f"needs a PEFT model with an adapter; got a {type(model).__name__}")
+    return str(model.active_adapter)
 
 
 def config_of(model: Any, adapter_name: str) -> Any:
@@ -52,24 +57,81 @@ def config_of(model: Any, adapter_name: str) -> Any:
 
 
 class PaddingMask:
-    """The 2-D attention mask of the running forward, caught by a hook on the model."""
+    """The 2-D attention mask of the forward that runs now, or whose parts a checkpointed backward runs again.
+
+    A hook on the model catches the mask, another forgets it after the forward and leaves it at the nodes that made the
+    outputs. A backward begins at these, and the engine finishes what a later forward made before it turns to an earlier
+    one: so the node that was passed last says whose forward is being recomputed.
+    """
 
     def __init__(self) -> None:
-        self.mask: Tensor | None = None
+        self._running = False
+        self._mask: Tensor | None = None
+        self._again: tuple[Tensor | None] | None = None  # the mask of the forward that is differentiated, where known
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"mask": None}
+        return {"_running": False, "_mask": None, "_again": None}
 
-    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def watch(self, model: nn.Module) -> list[Any]:
+        """Handles of the hooks on `model`, whose keyword or second argument is the mask."""
+        return [
+            model.register_forward_pre_hook(self.enter, with_kwargs=True),
+            model.register_forward_hook(self.leave, always_call=True),
+        ]
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward of the model."""
         mask = kwargs.get("attention_mask")
         if mask is None and len(args) > 1 and isinstance(args[1], Tensor):
             mask = args[1]  # transformers models take (input_ids, attention_mask, ...)
-        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._running = True
+        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After a forward of the model, a failed one too."""
+        mask, self._running, self._mask = self._mask, False, None
+        if torch.compiler.is_compiling():
+            return
+        found = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+        for value in found:
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                value.grad_fn.register_prehook(partial(self._differentiating, mask))
+
+    def _differentiating(self, mask: Tensor | None, gradients: Any) -> None:
+        if self._again is None:
+            torch.autograd.Variable._execution_engine.queue_callback(self._differentiated)
+        self._again = (mask,)
+
+    def _differentiated(self) -> None:
+        self._again = None
+
+    def current(self) -> Tensor | None:
+        """The mask of the forward that runs now, or is run again; None outside of one.
+
+        Raises: RuntimeError in a backward that did not begin at an output of the model.
+        """
+        if self._running or torch.compiler.is_compiling():
+            return self._mask
+        if self._again is not None:
+            return self._again[0]
+        if torch._C._current_graph_task_id() == -1:
+            return None
+        raise RuntimeError(
+            "Lily: a part of the model is run again (gradient checkpointing) in a backward that did not begin at an "
+            "output of the model, so its attention mask is not known; use an output, or routing='token'"
+        )
+
+    def folded(self, x: Tensor) -> tuple[int, int] | None:
+        """`(b, n)` where `x [b n, d]` holds the tokens of a batch in one list, as OPT's fc1 gets them; else None."""
+        mask = self.current() if x.dim() == 2 else None
+        if mask is None or mask.shape[1] < 2 or mask.numel() != x.shape[0]:
+            return None
+        return mask.shape[0], mask.shape[1]
 
     def tokens(self, x: Tensor) -> Tensor | None:
         """bool `[b, n]` for `x [b, n, d]`; None without a mask that fits. With a KV cache: the last n columns."""
-        mask = self.mask
-        if mask is None or x.dim() != 3 or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
+        mask = self.current() if x.dim() == 3 else None
+        if mask is None or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
             return None
         return mask[:, -x.shape[1] :].to(x.device) != 0
 
@@ -91,17 +153,20 @@ class FastTuner(BaseTuner):
     ) -> None:
         """As PEFT's, or an error and an unchanged model."""
         flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
+        path = config.tensors_file()
         try:
             self._check_config(config, model)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._after_injection(model, config, adapter_name)
-            self._check_file(model, config, adapter_name)
+            if path is not None:
+                self._check_file(model, path, adapter_name)
         except BaseException:
             self._roll_back(model, adapter_name)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             raise
+        config.forget_tensors()
 
     def _check_config(self, config: Any, model: nn.Module) -> None:
         """Refuse target names, or a regex, that match nothing, before anything is made."""
@@ -111,6 +176,11 @@ class FastTuner(BaseTuner):
         names = [name for name, _ in model.named_modules() if name]
         leaves = [name.rpartition(".")[2] for name in names]
         regex = isinstance(targets, str)
+        if regex:
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise ValueError(f"target_modules: {targets!r} is no valid regex: {error}") from None
         for target in [targets] if regex else sorted(targets):
             if any(re.fullmatch(target, name) if regex else f".{name}".endswith(f".{target}") for name in names):
                 continue
@@ -124,10 +194,7 @@ class FastTuner(BaseTuner):
     def _after_injection(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         """For subclasses: what needs all layers to be there."""
 
-    def _check_file(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        path = getattr(config, "_tensors", None)
-        if path is None:
-            return
+    def _check_file(self, model: nn.Module, path: str, adapter_name: str) -> None:
         found = read_header(path)
         extra = None
         if self.state_suffix is not None:

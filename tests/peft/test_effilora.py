@@ -9,8 +9,11 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
+from torch import nn
 
+from lowrank_fast.methods import Reducer
 from lowrank_fast.methods.reducer import BETA
+from lowrank_fast.nn import RoutedLinear
 from lowrank_fast.peft import EffiLoRAConfig, effilora_reducer, export_lora
 from lowrank_fast.peft.effilora import EffiLoRALayer
 
@@ -291,6 +294,13 @@ def test_warm_up_keeps_all_active_and_keep_one_always_does() -> None:
     assert [len(reducer.begin_step(n)) for n in (0, 9, 11)] == [4, 4, 1]
     always = effilora_reducer(effilora(keep_ratio=1.0))
     assert [len(always.begin_step(n)) for n in (0, 11, 20)] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("interval", "warmup"), [(0, None), (2.5, None), (3, -3), (3, 1.5)])
+def test_counts_of_steps_that_cannot_be_are_refused(interval: Any, warmup: Any) -> None:
+    layers = {"layers.0.proj": RoutedLinear(nn.Linear(8, 8), r=2, experts=2)}
+    with pytest.raises(ValueError, match=r"Reducer: (interval|warmup) must be an integer >= [01]; got"):
+        Reducer(nn.Module(), layers, importance="gradient", interval=interval, warmup=warmup)
 
 
 def test_every_rank_and_every_rerun_choose_the_same() -> None:

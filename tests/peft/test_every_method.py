@@ -45,6 +45,25 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], toleran
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_what_hooks_kept_of_the_model_stays_as_it_was(architecture: str, method: str) -> None:
+    model, kept = wrapped(method, architecture), []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            kept.append((output, output.detach().clone()))
+
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.LayerNorm)):
+            module.register_forward_hook(keep)
+    with torch.no_grad():
+        model(**tiny.batch(architecture))
+    model(**tiny.batch(architecture))
+    assert kept
+    assert all(torch.equal(output, value) for output, value in kept)
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_a_new_adapter_changes_nothing_and_then_trains(architecture: str, method: str) -> None:
     batch = tiny.batch(architecture)
