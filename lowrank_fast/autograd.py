@@ -31,10 +31,10 @@ def differentiable_once(backward: Backward | None = None, *, hands_on: bool = Fa
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return found
         message = f"trying to differentiate twice a function that is differentiable once: {type(ctx).__name__}"
-        handed_on = gradients[:1] if hands_on else ()
+        handed_on = gradients[0] if hands_on else None
         return tuple(
             value
-            if value is None or any(value is gradient for gradient in handed_on)
+            if value is None or value is handed_on
             else torch._C._functions.DelayedError(message.encode(), 1)(value.detach().requires_grad_())
             for value in found
         )

@@ -11,7 +11,9 @@ additions of the layers' own gradients too (see `frozen`). Rows that several mem
 computed once.
 
 Members recognise the shared input by identity of the tensor object, its version and the grad mode. If they turn out to
-read different tensors (cross attention) the group dissolves for good, at the price of one wasted shrink.
+read different tensors the group dissolves for good, at the price of one wasted shrink; under non-reentrant
+checkpointing that step fails, for it is recomputed by the other path. Hence q is no member in cross attention, as far
+as names tell.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ SIBLINGS: tuple[tuple[str, ...], ...] = (
     ("w1", "w3"),
     ("wi_0", "wi_1"),
 )
+# Cross attention, whose q reads another tensor than k and v: in T5, BART and Whisper, BERT and GPT-2.
+_CROSS = re.compile(r"EncDecAttention|encoder_attn|cross_?attn|cross_?attention", re.IGNORECASE)
 
 
 def sibling_groups(names: Sequence[str]) -> list[list[str]]:
@@ -45,9 +49,10 @@ def sibling_groups(names: Sequence[str]) -> list[list[str]]:
         parent, _, leaf = name.rpartition(".")
         by_parent.setdefault(parent, {})[leaf] = name
     groups = []
-    for children in by_parent.values():
+    for parent, children in by_parent.items():
         for siblings in SIBLINGS:
-            found = [children[leaf] for leaf in siblings if leaf in children]
+            readers = siblings[1:] if len(siblings) == 3 and _CROSS.search(parent) else siblings
+            found = [children[leaf] for leaf in readers if leaf in children]
             if len(found) > 1:
                 groups.append(found)
     return groups

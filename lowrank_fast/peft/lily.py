@@ -25,11 +25,6 @@ from .layer import FastLinear, is_linear
 from .tuner import PREFIX, FastTuner, PaddingMask, read_header
 
 
-def reads_mask(routing: str, use_mask: bool) -> bool:
-    """Whether the outputs of an adapter depend on the attention mask."""
-    return routing == "sample" or (routing == "batch" and use_mask)
-
-
 class LilyLayer(FastLinear):
     """One adapted linear layer."""
 
@@ -72,7 +67,8 @@ class LilyLayer(FastLinear):
 
     def _reads_mask(self, adapter: str) -> bool:
         """Whether the mask says what to leave out of a mean, or which tokens of a flat input are one sample."""
-        return adapter in self.r and reads_mask(self.routing[adapter], self.use_mask[adapter])
+        routing = self.routing.get(adapter)
+        return routing == "sample" or (routing == "batch" and self.use_mask[adapter])
 
     def _mask(self, adapter: str, x: Tensor) -> Tensor | None:
         averaged = self.use_mask[adapter] and self.routing[adapter] != "token"

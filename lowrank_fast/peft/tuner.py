@@ -65,15 +65,17 @@ class PaddingMask:
     """
 
     def __init__(self) -> None:
+        self._watching = False  # without hooks on a model there is no mask
         self._running = False
         self._mask: Tensor | None = None
         self._again: tuple[Tensor | None] | None = None  # the mask of the forward that is differentiated, where known
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_running": False, "_mask": None, "_again": None}
+        return {"_watching": self._watching, "_running": False, "_mask": None, "_again": None}
 
     def watch(self, model: nn.Module) -> list[Any]:
         """Handles of the hooks on `model`, whose keyword or second argument is the mask."""
+        self._watching = True
         return [
             model.register_forward_pre_hook(self.enter, with_kwargs=True),
             model.register_forward_hook(self.leave, always_call=True),
@@ -84,7 +86,7 @@ class PaddingMask:
         mask = kwargs.get("attention_mask")
         if mask is None and len(args) > 1 and isinstance(args[1], Tensor):
             mask = args[1]  # transformers models take (input_ids, attention_mask, ...)
-        self._running = True
+        self._running, self._again = True, None  # nothing of a backward that failed
         self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -98,8 +100,7 @@ class PaddingMask:
                 value.grad_fn.register_prehook(partial(self._differentiating, mask))
 
     def _differentiating(self, mask: Tensor | None, gradients: Any) -> None:
-        if self._again is None:
-            torch.autograd.Variable._execution_engine.queue_callback(self._differentiated)
+        torch.autograd.Variable._execution_engine.queue_callback(self._differentiated)
         self._again = (mask,)
 
     def _differentiated(self) -> None:
@@ -112,10 +113,10 @@ class PaddingMask:
         """
         if self._running or torch.compiler.is_compiling():
             return self._mask
+        if not self._watching or torch._C._current_graph_task_id() == -1:
+            return None
         if self._again is not None:
             return self._again[0]
-        if torch._C._current_graph_task_id() == -1:
-            return None
         raise RuntimeError(
             "Lily: a part of the model is run again (gradient checkpointing) in a backward that did not begin at an "
             "output of the model, so its attention mask is not known; use an output, or routing='token'"

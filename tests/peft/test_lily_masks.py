@@ -147,6 +147,29 @@ def test_nothing_of_a_forward_is_kept_after_its_graph(reentrant: bool) -> None:
     assert kept() is None
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_an_encoder_and_decoder_has_no_mask_and_is_recomputed_all_the_same(reentrant: bool) -> None:
+    """Two streams of tokens, of which one mask says nothing: see `LilyModel`."""
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=tiny.VOCAB, dropout_rate=0.0,
+        decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    ids = tiny.batch("llama", rows=2, tokens=6)["input_ids"]
+    vectors = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(
+            transformers.T5ForConditionalGeneration(config),
+            LilyConfig(r=3, num_B=3, routing="batch", target_modules=["q", "v"]),
+        )
+        tiny.perturb(model, 0.3)
+        model.train().enable_input_require_grads()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        vectors.append(gradients(model, lambda m=model: m(input_ids=ids, attention_mask=mask_of(3), labels=ids).loss))
+    assert torch.allclose(*vectors, rtol=1e-4, atol=1e-6)
+
+
 def test_no_mask_outlives_its_forward_even_one_that_fails() -> None:
     model = get_peft_model(tiny.model("llama"), LilyConfig(r=4, routing="batch", target_modules=["up_proj"])).eval()
     tiny.perturb(model, 0.3)
