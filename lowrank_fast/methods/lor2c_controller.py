@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.weights import integer
 from .lor2c import Slot, Span, Topology
 
 logger = logging.getLogger("lowrank_fast.lor2c")
@@ -102,10 +103,8 @@ def check_schedule(
         ("inject_interval", inject_interval, 1),
         ("fade_steps", fade_steps, 0),
     ):
-        if value is None and name != "fade_steps":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"LoR2CController: {name} must be an integer >= {least}; got {value!r}")
+        if value is not None:
+            integer("LoR2CController", name, value, least)
 
 
 def find_topology(model: nn.Module, adapter_name: str | None = None) -> Topology:

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.shared_input import layer_index
+from ..nn.weights import integer, positive
 from .calibration import evaluating
 
 BETA, TRIALS, SUPPRESSED, STEP_SIZE = 0.25, 3, 0.5, 10.0
@@ -132,9 +133,9 @@ class Reducer:
                 raise ValueError(f"Reducer: {name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
         if not 0.0 < keep_ratio <= 1.0:
             raise ValueError(f"Reducer: keep_ratio must be in (0, 1]; got {keep_ratio}")
-        for name, count, least in (("interval", interval, 1), ("warmup", 0 if warmup is None else warmup, 0)):
-            if not isinstance(count, int) or isinstance(count, bool) or count < least:
-                raise ValueError(f"Reducer: {name} must be an integer >= {least}; got {count!r}")
+        positive("Reducer", "interval", interval)
+        if warmup is not None:
+            integer("Reducer", "warmup", warmup, 0)
         if not layers:
             raise ValueError("Reducer: the model has no layer to choose from")
         if importance == "suppression" and validation is None and keep_ratio < 1.0:

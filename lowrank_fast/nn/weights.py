@@ -16,11 +16,16 @@ import torch
 from torch import Tensor, nn
 
 
+def integer(owner: str, name: str, value: int, least: int, why: str = "") -> int:
+    """`value` if it is an int (no bool) of at least `least`; ValueError otherwise. `why`: of that bound."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{owner}: {name} must be an integer >= {least}{why}; got {value!r}")
+    return value
+
+
 def positive(owner: str, name: str, value: int) -> int:
     """`value` if it is an int of at least 1; ValueError otherwise."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{owner}: {name} must be an integer >= 1; got {value!r}")
-    return value
+    return integer(owner, name, value, 1)
 
 
 def uniform_(weight: Tensor, generator: torch.Generator | None = None) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ..nn.weights import integer, positive
+
 
 def _help(text: str, default: Any = None, factory: Any = None) -> Any:
     if factory is not None:
@@ -23,13 +25,6 @@ def _help(text: str, default: Any = None, factory: Any = None) -> Any:
 def _one_of(owner: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-
-
-def _whole(owner: str, name: str, value: Any, least: int, why: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{owner}: {name} must be an integer; got {value!r}")
-    if value < least:
-        raise ValueError(f"{owner}: {name} must be at least {least}{why}; got {value}")
 
 
 def _dropout(owner: str, name: str, value: Any) -> None:
@@ -88,8 +83,7 @@ class FastConfig(PeftConfig):
                 f"{name}: layers_to_transform={self.layers_to_transform!r} cannot be used with a regex, target_modules="
                 f"{self.target_modules!r}: name the layers in the regex, or give target_modules as a list"
             )
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
-            raise ValueError(f"{name}: r must be an integer >= 1; got {self.r!r}")
+        positive(name, "r", self.r)
         for factor in ("lora_alpha", "scaling", "lora_dropout"):
             if hasattr(self, factor):
                 _finite(name, factor, getattr(self, factor))
@@ -174,13 +168,13 @@ class LoR2CConfig(FastConfig):
         self._check_schedule("LoR2CConfig")
 
     def _check_schedule(self, owner: str) -> None:
-        _whole(owner, "fade_steps", self.fade_steps, 0)
+        integer(owner, "fade_steps", self.fade_steps, 0)
         for name in ("sfs_k", "merge_interval", "inject_interval"):
             if getattr(self, name) is not None:
-                _whole(owner, name, getattr(self, name), 1)
+                integer(owner, name, getattr(self, name), 1)
         if self.max_span is not None:
             pair = bool(self.max_merges)
-            _whole(owner, "max_span", self.max_span, 2 if pair else 1, " for a merge, of two blocks" if pair else "")
+            integer(owner, "max_span", self.max_span, 2 if pair else 1, " for a merge, of two blocks" if pair else "")
         if self.injected_alpha is not None:
             _finite(owner, "injected_alpha", self.injected_alpha)
         if self.injected_dropout is not None:
@@ -211,8 +205,8 @@ class LilyConfig(FastConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MethodName("LILY_FAST")
-        _whole("LilyConfig", "stride_A", self.stride_A, 1)
-        _whole("LilyConfig", "num_B", self.num_B, 2, " for a router to choose from")
+        integer("LilyConfig", "stride_A", self.stride_A, 1)
+        integer("LilyConfig", "num_B", self.num_B, 2, " for a router to choose from")
         _one_of("LilyConfig", "routing", self.routing, ("token", "sample", "batch"))
         _one_of("LilyConfig", "grouping", self.grouping, ("target", "peft"))
 
@@ -266,14 +260,13 @@ class EffiLoRAConfig(FastConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MethodName("EFFILORA")
-        if not isinstance(self.num_B, int) or isinstance(self.num_B, bool) or self.num_B < 1:
-            raise ValueError(f"EffiLoRAConfig: num_B (heads E) must be an integer >= 1; got {self.num_B!r}")
+        positive("EffiLoRAConfig", "num_B (heads E)", self.num_B)
         _finite("EffiLoRAConfig", "keep_ratio", self.keep_ratio)
         if not 0.0 < self.keep_ratio <= 1.0:
             raise ValueError(f"EffiLoRAConfig: keep_ratio must be in (0, 1]; got {self.keep_ratio}")
-        _whole("EffiLoRAConfig", "interval", self.interval, 1)
+        integer("EffiLoRAConfig", "interval", self.interval, 1)
         if self.warmup is not None:
-            _whole("EffiLoRAConfig", "warmup", self.warmup, 0)
+            integer("EffiLoRAConfig", "warmup", self.warmup, 0)
         _one_of("EffiLoRAConfig", "share_A", self.share_A, ("in_features", "slice", "target"))
         _one_of("EffiLoRAConfig", "a_grad", self.a_grad, ("all", "active"))
         _one_of("EffiLoRAConfig", "importance", self.importance, ("suppression", "gradient"))
