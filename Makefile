@@ -50,7 +50,7 @@ test-interpreted: build ## the whole op suite through the interpreted Triton ker
 test-slow: build ## the slow tests
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
-test-cuda-build: ## both extensions built against a CUDA torch in .venv-cuda, imported, and the CPU tests run there
+test-cuda-build: ## both extensions built against a CUDA torch in .venv-cuda, imported, and what meets torch tested there
 	tests/cuda/second_environment.sh $(CUDA_VENV) build/cuda-tree
 
 test-oldest-triton: $(OLDEST_INSTALLED) ## the Triton tests with the oldest Triton, which needs numpy < 2.4, in .venv-oldest-triton

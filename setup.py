@@ -87,7 +87,8 @@ def cpu_extension() -> Extension:
         "lowrank_fast._C",
         cpu_sources(),
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("LOWRANK_TORCH_VERSION", torch.__version__)],
+        # the headers of single operators instead of all of them, which would take most of the build's time
+        define_macros=[("LOWRANK_TORCH_VERSION", torch.__version__), ("AT_PER_OPERATOR_HEADERS", None)],
         # GCC 12 takes its own intrinsics' `__m256i y = y` for a use of something uninitialised
         extra_compile_args=[
             *("-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-maybe-uninitialized"),

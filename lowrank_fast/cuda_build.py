@@ -79,8 +79,8 @@ def compile_command(nvcc: str, arch: str, source: Path, target: Path, ptx: bool 
 def compile_kernels(source_root: Path, build: Path, jobs: int) -> list[Path]:
     """Compile `source_root/csrc/cuda/kernels.cu` for every architecture into `build`, and write `architectures.h`.
 
-    The object of an architecture is kept while the sources, the command and the compiler stay the same. Raises
-    RuntimeError with the compiler's words when something fails.
+    The object of an architecture is kept while the sources, the flags and the version of the compiler stay the same,
+    wherever these lie: two trees may share `build`. Raises RuntimeError with the compiler's words when something fails.
     """
     nvcc = find_nvcc()
     if nvcc is None:
@@ -96,7 +96,7 @@ def compile_kernels(source_root: Path, build: Path, jobs: int) -> list[Path]:
         partial = build / f"sm_{arch}.partial.o"
         command = compile_command(nvcc, arch, folder / "kernels.cu", partial, ptx=arch == names[-1])
         key = digest.copy()
-        key.update(repr(command).encode())
+        key.update(repr(command[1:-4]).encode())  # without the paths of nvcc, source and target
         target = build / f"sm_{arch}-{key.hexdigest()[:16]}.o"
         if target.exists():
             return target
@@ -158,7 +158,7 @@ def extension(root: Path) -> Any:
         "lowrank_fast._CUDA",
         [f"csrc/cuda/cuda_{name}.cpp" for name in ("device", "ops", "routed_ops")],
         include_dirs=[str(root / "csrc" / "cuda")],
-        define_macros=[("LOWRANK_TORCH_VERSION", torch.__version__)],
+        define_macros=[("LOWRANK_TORCH_VERSION", torch.__version__), ("AT_PER_OPERATOR_HEADERS", None)],
         extra_compile_args=["-O2", "-g0", "-fvisibility=hidden"],
         extra_link_args=["-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"],
         depends=[f"csrc/cuda/{path.name}" for path in sorted((root / "csrc" / "cuda").glob("*.h"))],

@@ -2,8 +2,8 @@
 // of the argument in the error. `lowrank_fast/checks.py` asks the same of the public functions, in more words.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/MemoryOverlap.h>
+#include <ATen/core/Tensor.h>
 
 #include <initializer_list>
 

@@ -2,12 +2,16 @@
 // Python in between, which for one token takes longer than the kernel. Whatever is not plain (a wrong argument, another
 // device, a tensor subclass, a mode that wants to see the call) is left to `lowrank_fast/functional.py`, which computes
 // the same by the same ops and has the sentences for errors.
+//
+// One translation unit for every autograd node: the headers of torch's autograd take a compiler longer than the rest.
 #include "eager.h"
 
 #include <torch/csrc/Exceptions.h>
 
 #include "autograd.h"
 #include "checks.h"
+#include "frozen_impl.h"
+#include "mixing_impl.h"
 
 namespace lowrank {
 namespace {
@@ -121,30 +125,27 @@ PyObject* call(PyObject* const* arguments, Py_ssize_t count) {
   return THPVariable_Wrap(std::move(out));
 }
 
-}  // namespace
-
-PyObject* eager::residual_add(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+PyObject* residual_add(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   return call(arguments, count);
   END_HANDLE_TH_ERRORS
 }
-
-namespace {
 
 template <class F>
 PyMethodDef fastcall(const char* name, F function, const char* text) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, text};
 }
 
+// METH_FASTCALL, each None where the call is not plain.
 PyMethodDef methods[] = {
-    fastcall("residual_add", eager::residual_add,
+    fastcall("residual_add", residual_add,
              "residual_add(y, x, A, B, scale, inplace, out): the result, or None where this is not a plain call."),
-    fastcall("shrink_rows", eager::shrink_rows,
+    fastcall("shrink_rows", shrink_rows,
              "shrink_rows(x, *blocks): t and the alias of x, or None where this is not a plain call."),
-    fastcall("frozen_linear", eager::frozen_linear,
+    fastcall("frozen_linear", frozen_linear,
              "frozen_linear(x, hidden, up, weight, bias, scale): y and the alias of x, or None where this is not a "
              "plain call."),
-    fastcall("mixed_bank", eager::mixed_bank,
+    fastcall("mixed_bank", mixed_bank,
              "mixed_bank(t, R, B, mask): the mixed bank, or None where this is not a plain call."),
     {nullptr, nullptr, 0, nullptr}};
 

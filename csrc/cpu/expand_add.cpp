@@ -1,4 +1,5 @@
 // expand_add: out = y + s t B^T, the second half of the residual add; backward dt = s g B, dB = s g^T t.
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "checks.h"

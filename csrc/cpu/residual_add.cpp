@@ -2,6 +2,7 @@
 //
 //   forward   t = dropout(x) A^T, z = s t, out = y + z B^T
 //   backward  v = g B, u = s v, dB = g^T (s t), dx = u A, dA = u^T dropout(x)
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "checks.h"

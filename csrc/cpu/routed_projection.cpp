@@ -11,6 +11,10 @@
 //
 // Backward of the softmax: dlogits = p (dp - <p, dp>), where a mean shares dp = dw / tokens among the tokens it kept.
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
 #include <array>

@@ -1,4 +1,5 @@
 // shrink: t = dropout(x) A^T, the first half of the residual add; backward dx = dt A, dA = dt^T dropout(x).
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "checks.h"

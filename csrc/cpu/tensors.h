@@ -1,8 +1,9 @@
 // From tensors to the matrices, factors and row ranges that the kernels take.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <optional>

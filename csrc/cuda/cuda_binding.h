@@ -1,7 +1,9 @@
 // What the torch bindings share: tensors to pointers and strides, the launch, and the way out for what no kernel takes.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <string>

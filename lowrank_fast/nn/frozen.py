@@ -16,7 +16,7 @@ alias of x, and every frozen layer that reads x takes the alias of the one befor
 The aliases are never handed out, so nobody else holds the buffers that are written in place. `y` is a fresh tensor
 of this step's own, so the update goes into it in place whatever produced `x`.
 
-csrc/cpu/frozen.cpp holds both nodes once more, for plain calls: after a GEMM the caches are cold, and Python is slow.
+csrc/cpu/frozen_impl.h holds both nodes again, for plain calls: after a GEMM the caches are cold, and Python is slow.
 """
 
 from __future__ import annotations

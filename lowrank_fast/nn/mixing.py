@@ -5,8 +5,8 @@
     dB_e = w_e d_up        dR = dlogits^T t     dt = dlogits R
 
 The bank is read as a matrix [E, d_out k] in the order in which it lies in memory, so nothing is permuted or copied,
-and the E gradients are written once, as an outer product, in that order. csrc/cpu/mixing.cpp holds the node once more,
-for plain calls.
+and the E gradients are written once, as an outer product, in that order. csrc/cpu/mixing_impl.h holds the node once
+more, for plain calls.
 """
 
 from __future__ import annotations

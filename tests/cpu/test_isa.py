@@ -38,22 +38,22 @@ def test_the_baseline_runs_everywhere_and_comes_first():
     assert _C.isas()[0] == "baseline"
 
 
-@pytest.mark.parametrize("asked", ["avx1024", "AVX2", "neon"])
-def test_an_instruction_set_that_is_not_there_is_an_error_that_lists_those_that_are(asked):
+def test_an_instruction_set_that_is_not_there_is_an_error_that_lists_those_that_are():
     call = "import torch, lowrank_fast; lowrank_fast.shrink(torch.ones(2, 3), torch.ones(1, 3))"
-    result = run_python(call, LOWRANK_FAST_CPU_ISA=asked)
+    result = run_python(call, LOWRANK_FAST_CPU_ISA="avx1024")
     assert result.returncode != 0, result.stdout
-    assert "LOWRANK_FAST_CPU_ISA" in result.stderr and asked in result.stderr
+    assert "LOWRANK_FAST_CPU_ISA" in result.stderr and "avx1024" in result.stderr
     for isa in _C.isas():
         assert isa in result.stderr
 
 
-def test_set_isa_refuses_what_the_environment_refuses_and_leaves_the_choice():
+@pytest.mark.parametrize("asked", ["sse9", "AVX2", "neon"])
+def test_set_isa_refuses_what_the_environment_refuses_and_leaves_the_choice(asked):
     before = _C.isa()
     with pytest.raises(
-        ValueError, match=r"LOWRANK_FAST_CPU_ISA must be one of those this CPU runs .*baseline.*got sse9"
+        ValueError, match=rf"LOWRANK_FAST_CPU_ISA must be one of those this CPU runs .*baseline.*got {asked}"
     ):
-        _C.set_isa("sse9")
+        _C.set_isa(asked)
     assert _C.isa() == before
 
 

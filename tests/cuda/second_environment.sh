@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds both extensions against a CUDA build of torch, imports them, and runs the CPU tests there. `make test-cuda-build`.
+# Builds both extensions against a CUDA build of torch, imports them, and runs the tests of what meets torch there. `make test-cuda-build`.
 #
 #   second_environment.sh VENV TREE [environment]
 #
@@ -35,6 +35,9 @@ copy() {
   git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do
     if [ -e "$file" ]; then printf '%s\0' "$file"; fi
   done | xargs -0 cp --parents --preserve -t "$tree"
+  mkdir -p build/cuda "$tree/build"
+  [ -L "$tree/build/cuda" ] || rm -rf "$tree/build/cuda"
+  ln -sfn "$PWD/build/cuda" "$tree/build/cuda" # the kernels' objects, which are the same for every torch
 }
 
 build() {  # CUDA first and alone, so that its time is known; no nvcc but the one from PyPI
@@ -52,6 +55,9 @@ said "both extensions" build
 cd "$tree"
 "$venv/bin/lowrank-fast" info
 "$venv/bin/python" -c 'from lowrank_fast import _cuda, _native; assert _cuda.module() and _native.module()'
-# Triton's tests have an environment of their own, and the harness's (tests/simt) compile the kernels with g++ as elsewhere.
+# What meets another torch here: dispatch, autograd, the compiler, PEFT. The kernels alone (tests/cpu, tests/simt), the
+# benchmark and the interpreted Triton kernels are the same code as in the first environment, or have one of their own.
+export LOWRANK_FAST_TEST_EXAMPLES=${LOWRANK_FAST_TEST_EXAMPLES:-6}
 # shellcheck disable=SC2086
-said "tests" "$venv/bin/pytest" -n "${TEST_JOBS:-2}" ${PYTEST_ARGS:---ignore=tests/triton --ignore=tests/simt}
+said "tests" "$venv/bin/pytest" -n "${TEST_JOBS:-2}" \
+  ${PYTEST_ARGS:-tests/ops tests/nn tests/peft tests/methods tests/cuda tests/test_*.py}

@@ -182,11 +182,11 @@ DYNAMIC: list[Problem] = [
 
 
 @pytest.mark.parametrize("problem", DYNAMIC, ids=lambda p: getattr(p, "routing", type(p).__name__))
-def test_dynamic_shapes_do_not_recompile_for_every_length(backend, problem):
+def test_dynamic_shapes_do_not_recompile_for_every_length(kernel_backend, problem):
     """Forward and backward of every function, with and without dropout, one graph for all lengths."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    settings = problem.prepared(device_of(backend))
+    settings = problem.prepared(device_of(kernel_backend))
     if isinstance(problem, Routed):
         settings = partial(settings.func, **{**settings.keywords, "token_mask": None})
 
@@ -195,11 +195,11 @@ def test_dynamic_shapes_do_not_recompile_for_every_length(backend, problem):
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
     graphs = []
-    with use_backend(backend):
+    with use_backend(kernel_backend):
         for tokens in (9, 5, 17, 33):
             longer = problem.but(lead=(2, tokens))
-            inputs, g = longer.tensors(device_of(backend))
-            mask = longer.token_mask(device_of(backend)) if isinstance(longer, Routed) else None
+            inputs, g = longer.tensors(device_of(kernel_backend))
+            mask = longer.token_mask(device_of(kernel_backend)) if isinstance(longer, Routed) else None
             results = []
             for function in (call, compiled):
                 torch.manual_seed(tokens)

@@ -35,11 +35,11 @@ def _problems(dtype: torch.dtype, small: bool):
 
 
 @dtypes
-def test_twenty_runs_give_the_same_bits(backend, dtype, threads):
-    for problem in _problems(dtype, interpreted(backend)):
-        first = problem.ours(backend)
-        for _ in range(1 if interpreted(backend) else RUNS - 1):  # an interpreter runs programs in one order
-            for name, value in problem.ours(backend).items():
+def test_twenty_runs_give_the_same_bits(kernel_backend, dtype, threads):
+    for problem in _problems(dtype, interpreted(kernel_backend)):
+        first = problem.ours(kernel_backend)
+        for _ in range(1 if interpreted(kernel_backend) else RUNS - 1):  # an interpreter runs programs in one order
+            for name, value in problem.ours(kernel_backend).items():
                 assert_same_bits(value, first[name], f"{type(problem).__name__} {name}")
 
 

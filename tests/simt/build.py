@@ -105,7 +105,7 @@ def binding() -> Any:
         "lowrank_simt_binding",
         [str(HERE / "binding.cpp")],
         extra_include_paths=[str(HERE), str(CUDA)],
-        extra_cflags=["-O1", "-g0"],
+        extra_cflags=["-O1", "-g0", "-DAT_PER_OPERATOR_HEADERS"],
         extra_ldflags=[str(build())],
         build_directory=str(folder),
     )

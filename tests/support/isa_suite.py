@@ -26,12 +26,14 @@ SHAPES = [
     ((33,), 771, 1029, 8),
     ((7,), 96, 64, 64),
     ((300,), 132, 130, 32),
-    ((331,), 2180, 4100, 32),  # panels too large for the caches: other blocks of rows
 ]
+LARGE = ((331,), 2180, 4100, 32)  # panels too large for the caches: other blocks of rows
 
 
 def problems() -> Iterator[Problem]:
-    for dtype in KERNEL_DTYPES:
+    for dtype, routing in zip(KERNEL_DTYPES, ("batch", "token", "static"), strict=True):
+        yield ResidualAdd(*LARGE, dtype, dtype, needs=ALL & frozenset("yxAB"))
+        yield Routed(*LARGE, dtype, dtype, needs=ALL, experts=3, routing=routing, layouts={"B": "transposed"})
         for parameter_dtype in dict.fromkeys((dtype, torch.float32)):
             for seed, shape in enumerate(SHAPES):
                 common = {"needs": ALL, "seed": seed, "dropout_p": 0.2 if seed % 3 == 2 else 0.0}

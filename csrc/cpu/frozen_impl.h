@@ -1,12 +1,16 @@
 // The two autograd nodes of `lowrank_fast/nn/frozen.py` without Python in between, which is slow beside the GEMM of a
 // frozen layer: that leaves every cache cold. The mathematics, and why `dx` may be written in place, stand there;
 // whatever is not plain is left to its functions, which compute the same by the same ops.
+#pragma once
+
+#include <ATen/ops/cat.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/object_ptr.h>
 
 #include "autograd.h"
 #include "checks.h"
-#include "eager.h"
 
 namespace lowrank {
 namespace {
@@ -136,9 +140,7 @@ PyObject* pair_of(const variable_list& outputs) {
   return first && second ? PyTuple_Pack(2, first.get(), second.get()) : nullptr;
 }
 
-}  // namespace
-
-PyObject* eager::shrink_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+PyObject* shrink_rows(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count < 2 || !at::GradMode::is_enabled() || !plain(arguments, count)) Py_RETURN_NONE;
   const Tensor& x = THPVariable_Unpack(arguments[0]);
@@ -157,7 +159,7 @@ PyObject* eager::shrink_rows(PyObject*, PyObject* const* arguments, Py_ssize_t c
   END_HANDLE_TH_ERRORS
 }
 
-PyObject* eager::frozen_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+PyObject* frozen_linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 6 || !PyFloat_CheckExact(arguments[5]) || !at::GradMode::is_enabled() ||
       !plain(arguments, arguments[4] == Py_None ? 4 : 5))
@@ -175,4 +177,5 @@ PyObject* eager::frozen_linear(PyObject*, PyObject* const* arguments, Py_ssize_t
   END_HANDLE_TH_ERRORS
 }
 
+}  // namespace
 }  // namespace lowrank

@@ -1,11 +1,16 @@
 // The autograd node of `lowrank_fast/nn/mixing.py` without Python between its small steps: the same operations in the
 // same order, so the same bits. The mathematics stand there.
+#pragma once
+
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/outer.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/softmax.h>
 #include <torch/csrc/Exceptions.h>
 
 #include <algorithm>
 
 #include "autograd.h"
-#include "eager.h"
 
 namespace lowrank {
 namespace {
@@ -69,9 +74,7 @@ struct MixedBank : torch::autograd::Function<MixedBank> {
   }
 };
 
-}  // namespace
-
-PyObject* eager::mixed_bank(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+PyObject* mixed_bank(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 4 || !plain(arguments, arguments[3] == Py_None ? 3 : 4)) Py_RETURN_NONE;
   const Tensor &t = THPVariable_Unpack(arguments[0]), &R = THPVariable_Unpack(arguments[1]),
@@ -86,4 +89,5 @@ PyObject* eager::mixed_bank(PyObject*, PyObject* const* arguments, Py_ssize_t co
   END_HANDLE_TH_ERRORS
 }
 
+}  // namespace
 }  // namespace lowrank
