@@ -25,7 +25,8 @@ from .config import EffiLoRAConfig
 from .kinds import adapter_of_kind
 from .layer import FastLinear, is_linear
 from .lily import group_key
-from .tuner import FastTuner, PaddingMask, json_tensor
+from .padding import PaddingMask
+from .tuner import FastTuner, json_tensor
 
 
 class EffiLoRALayer(FastLinear):
@@ -141,6 +142,7 @@ class Handle:
 class EffiLoRAModel(FastTuner):
     """The tuner of `EffiLoRAConfig`."""
 
+    method = "EffiLoRA"
     prefix = "effilora_"
     tuner_layer_cls = EffiLoRALayer
     state_suffix = "effilora_reducer"
@@ -150,22 +152,10 @@ class EffiLoRAModel(FastTuner):
         super()._check_config(config, model)
         config._shared, config._state = {}, ReducerState()
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, EffiLoRALayer):
-            layer = target
-        elif is_linear(target):
-            layer = EffiLoRALayer(target, PaddingMask())
-        else:
-            raise ValueError(f"EffiLoRA adapts linear layers; {current_key} is a {type(target).__name__}")
+    def _wrap(self, linear: nn.Module) -> EffiLoRALayer:
+        return EffiLoRALayer(linear, PaddingMask())
+
+    def _add(self, layer: EffiLoRALayer, peft_config: Any, adapter_name: str, current_key: str) -> None:
         key: Any = layer.in_features
         width = layer.in_features
         if peft_config.share_A == "slice":
@@ -174,10 +164,6 @@ class EffiLoRAModel(FastTuner):
             key = (group_key(peft_config.target_modules, current_key), layer.in_features)
         down = peft_config._shared.get(key)
         peft_config._shared[key] = layer.add(adapter_name, peft_config, down, width, peft_config._state)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
 
     def _largest_width(self, config: Any) -> int:
         widths = [0]

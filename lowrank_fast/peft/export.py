@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ..methods.calibration import CalibrationReport, WeightRecorder, evaluating, measure, run
 from ..nn.state import save_tensors
 from .effilora import EffiLoRAModel
+from .kinds import adapter_of, config_of
 from .layer import FastLinear
 from .lily import LilyLayer, LilyModel
-from .tuner import PREFIX, adapter_of, config_of
+from .tuner import PREFIX
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], adapter_name: str | None = None) -> CalibrationReport:

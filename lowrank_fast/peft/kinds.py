@@ -1,10 +1,25 @@
-"""Which adapter of a PEFT model a controller is for."""
+"""Which adapter of a PEFT model a function or a controller is for."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .tuner import adapter_of, config_of
+
+def adapter_of(model: Any, adapter_name: str | None) -> str:
+    """`adapter_name`, or the active adapter of a PEFT model; ValueError if `model` is none."""
+    if adapter_name is not None:
+        return adapter_name
+    if not hasattr(model, "active_adapter"):
+        raise ValueError(f"needs a PEFT model with an adapter; got a {type(model).__name__}")
+    return str(model.active_adapter)
+
+
+def config_of(model: Any, adapter_name: str) -> Any:
+    """The configuration of one adapter of a PEFT model; ValueError if there is none of that name."""
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise ValueError(f"no adapter {adapter_name!r}; the model has {', '.join(map(repr, configs)) or 'none'}")
+    return configs[adapter_name]
 
 
 def adapter_of_kind(caller: str, model: Any, adapter_name: str | None, kind: type) -> tuple[str, Any]:

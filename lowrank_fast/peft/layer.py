@@ -19,7 +19,7 @@ from ..nn.frozen import Hidden, frozen_linear, frozen_linear_of, shrink_rows
 from ..nn.inplace import hooked
 from ..nn.routed import add_branch
 from ..nn.shared_input import SharedInput
-from .tuner import PaddingMask
+from .padding import PaddingMask
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -21,8 +21,9 @@ from ..methods.calibration import WeightRecorder
 from ..nn.routed import branch, routed_update
 from ..nn.weights import Bank, Down, uniform_
 from .config import LilyConfig
-from .layer import FastLinear, is_linear
-from .tuner import PREFIX, FastTuner, PaddingMask, read_header
+from .layer import FastLinear
+from .padding import PaddingMask
+from .tuner import PREFIX, FastTuner, read_header
 
 
 class LilyLayer(FastLinear):
@@ -120,6 +121,7 @@ class LilyLayer(FastLinear):
 class LilyModel(FastTuner):
     """The tuner of `LilyConfig`."""
 
+    method = "Lily"
     prefix = "lily_"
     tuner_layer_cls = LilyLayer
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LILY_TARGET_MODULES_MAPPING
@@ -133,22 +135,10 @@ class LilyModel(FastTuner):
                 self.padding_handles = self.padding.watch(model)
         config._shared = {}
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, LilyLayer):
-            layer = target
-        elif is_linear(target):
-            layer = LilyLayer(target, self.padding)
-        else:
-            raise ValueError(f"Lily adapts linear layers; {current_key} is a {type(target).__name__}")
+    def _wrap(self, linear: nn.Module) -> LilyLayer:
+        return LilyLayer(linear, self.padding)
+
+    def _add(self, layer: LilyLayer, peft_config: Any, adapter_name: str, current_key: str) -> None:
         key = (
             group_key(peft_config.target_modules, current_key, peft_config.grouping),
             layer.out_features,
@@ -160,10 +150,6 @@ class LilyModel(FastTuner):
         bank = members[0].lily_B[adapter_name] if members else None
         layer.add(adapter_name, peft_config, down, bank)
         members.append(layer)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
 
     def _roll_back(self, model: nn.Module, adapter_name: str) -> None:
         super()._roll_back(model, adapter_name)
@@ -193,7 +179,7 @@ class LilyModel(FastTuner):
             self._fuse(model, adapter_name)
 
     @classmethod
-    def _prepare_load(cls, model: nn.Module, adapter_name: str, keys: list[str]) -> None:
+    def _prepare_load(cls, model: nn.Module, adapter_name: str, keys: list[str], extra: Tensor | None = None) -> None:
         static = {key.rpartition(".lily_static")[0] for key in keys if key.endswith(".lily_static")}
         for name, layer in cls._layers(model):
             bare = name.removeprefix(PREFIX)

@@ -225,31 +225,13 @@ class LoR2CModel(FastTuner):
         return cls._topology(model, adapter_name).manifest_tensor()
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        topology = cls._topology(model, adapter_name)
-        own: dict[str, Tensor] = {}
-        rest: dict[str, Tensor] = {}
-        extra = None
-        for key, tensor in state_dict.items():
-            if key.endswith("lor2c_manifest"):
-                extra = tensor
-            elif cls._is_own(key):
-                bare = cls._remove_adapter_name_from_key(key, adapter_name).removeprefix(PREFIX)
-                own[bare] = tensor
-            else:
-                rest[key] = tensor
+    def _prepare_load(cls, model: nn.Module, adapter_name: str, keys: list[str], extra: Tensor | None) -> None:
         if extra is None:
-            raise ValueError("adapter checkpoint: base_model.model.lor2c_manifest is missing")
-        shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
-        cls._compare(model, adapter_name, shapes, extra, f"for {adapter_name!r}")
-        topology.load_manifest(read_manifest(extra))
-        present = cls._own_tensors(model, adapter_name)
-        for saved, keys in cls._groups(model, adapter_name).items():
-            for key in keys:
-                rest[key] = own[saved] if saved in own else present[key].detach()
-        return rest
+            raise ValueError(f"adapter checkpoint: {PREFIX}{cls.state_suffix} is missing")
+
+    @classmethod
+    def _load_extra(cls, model: nn.Module, adapter_name: str, extra: Tensor) -> None:
+        cls._topology(model, adapter_name).load_manifest(read_manifest(extra))
 
 
 def lor2c_controller(

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from ..methods.blocks import near_names
 from ..nn.shared_input import SharedInput, sibling_groups
 from ..nn.state import check_entries
+from .layer import is_linear
 
 PREFIX = "base_model.model."
 
@@ -39,107 +39,12 @@ def json_tensor(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(value, separators=(",", ":")).encode()), dtype=torch.uint8)
 
 
-def adapter_of(model: Any, adapter_name: str | None) -> str:
-    """`adapter_name`, or the active adapter of a PEFT model; ValueError if `model` is none."""
-    if adapter_name is not None:
-        return adapter_name
-    if not hasattr(model, "active_adapter"):
-        raise ValueError(f"needs a PEFT model with an adapter; got a {type(model).__name__}")
-    return str(model.active_adapter)
-
-
-def config_of(model: Any, adapter_name: str) -> Any:
-    """The configuration of one adapter of a PEFT model; ValueError if there is none of that name."""
-    configs = getattr(model, "peft_config", {})
-    if adapter_name not in configs:
-        raise ValueError(f"no adapter {adapter_name!r}; the model has {', '.join(map(repr, configs)) or 'none'}")
-    return configs[adapter_name]
-
-
-class PaddingMask:
-    """The 2-D attention mask of the forward that runs now, or whose parts a checkpointed backward runs again.
-
-    A hook on the model catches the mask, another forgets it after the forward and leaves it at the nodes that made the
-    outputs. A backward begins at these, and the engine finishes what a later forward made before it turns to an earlier
-    one: so the node that was passed last says whose forward is being recomputed.
+class FastTuner(BaseTuner):
+    """Base of the tuners. Subclasses give `prefix` and `tuner_layer_cls`, and `method`, `_wrap` and `_add` where they
+    adapt linear layers.
     """
 
-    def __init__(self) -> None:
-        self._watching = False  # without hooks on a model there is no mask
-        self._running = False
-        self._mask: Tensor | None = None
-        self._again: tuple[Tensor | None] | None = None  # the mask of the forward that is differentiated, where known
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_watching": self._watching, "_running": False, "_mask": None, "_again": None}
-
-    def watch(self, model: nn.Module) -> list[Any]:
-        """Handles of the hooks on `model`, whose keyword or second argument is the mask."""
-        self._watching = True
-        return [
-            model.register_forward_pre_hook(self.enter, with_kwargs=True),
-            model.register_forward_hook(self.leave, always_call=True),
-        ]
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward of the model."""
-        mask = kwargs.get("attention_mask")
-        if mask is None and len(args) > 1 and isinstance(args[1], Tensor):
-            mask = args[1]  # transformers models take (input_ids, attention_mask, ...)
-        self._running, self._again = True, None  # nothing of a backward that failed
-        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After a forward of the model, a failed one too."""
-        mask, self._running, self._mask = self._mask, False, None
-        if torch.compiler.is_compiling():
-            return
-        found = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
-        for value in found:
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                value.grad_fn.register_prehook(partial(self._differentiating, mask))
-
-    def _differentiating(self, mask: Tensor | None, gradients: Any) -> None:
-        torch.autograd.Variable._execution_engine.queue_callback(self._differentiated)
-        self._again = (mask,)
-
-    def _differentiated(self) -> None:
-        self._again = None
-
-    def current(self) -> Tensor | None:
-        """The mask of the forward that runs now, or is run again; None outside of one.
-
-        Raises: RuntimeError in a backward that did not begin at an output of the model.
-        """
-        if self._running or torch.compiler.is_compiling():
-            return self._mask
-        if not self._watching or torch._C._current_graph_task_id() == -1:
-            return None
-        if self._again is not None:
-            return self._again[0]
-        raise RuntimeError(
-            "Lily: a part of the model is run again (gradient checkpointing) in a backward that did not begin at an "
-            "output of the model, so its attention mask is not known; use an output, or routing='token'"
-        )
-
-    def folded(self, x: Tensor) -> tuple[int, int] | None:
-        """`(b, n)` where `x [b n, d]` holds the tokens of a batch in one list, as OPT's fc1 gets them; else None."""
-        mask = self.current() if x.dim() == 2 else None
-        if mask is None or mask.shape[1] < 2 or mask.numel() != x.shape[0]:
-            return None
-        return mask.shape[0], mask.shape[1]
-
-    def tokens(self, x: Tensor) -> Tensor | None:
-        """bool `[b, n]` for `x [b, n, d]`; None without a mask that fits. With a KV cache: the last n columns."""
-        mask = self.current() if x.dim() == 3 else None
-        if mask is None or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
-            return None
-        return mask[:, -x.shape[1] :].to(x.device) != 0
-
-
-class FastTuner(BaseTuner):
-    """Base of the tuners. Subclasses give `prefix`, `tuner_layer_cls` and `_create_and_replace`."""
-
+    method: str  # as errors call it
     state_suffix: str | None = None  # name of the JSON tensor saved beside the weights, if any
 
     # ------------------------------------------------------------------------------------------ injection
@@ -191,6 +96,36 @@ class FastTuner(BaseTuner):
                 f"target_modules: {'the regex ' if regex else ''}{target!r} matches no module of {type(model).__name__}"
                 f"{near_names(wanted, names if '.' in wanted else leaves)}"
             )
+
+    def _wrap(self, linear: nn.Module) -> Any:
+        """A layer of `tuner_layer_cls` around a linear layer."""
+        raise NotImplementedError
+
+    def _add(self, layer: Any, peft_config: Any, adapter_name: str, current_key: str) -> None:
+        """Give `layer`, which is called `current_key` in the model, the tensors of an adapter."""
+        raise NotImplementedError
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            layer: Any = target
+        elif is_linear(target):
+            layer = self._wrap(target)
+        else:
+            raise ValueError(f"{self.method} adapts linear layers; {current_key} is a {type(target).__name__}")
+        self._add(layer, peft_config, adapter_name, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
 
     def _after_injection(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         """For subclasses: what needs all layers to be there."""
@@ -321,8 +256,8 @@ class FastTuner(BaseTuner):
         """Take what `_extra_state` saved."""
 
     @classmethod
-    def _prepare_load(cls, model: nn.Module, adapter_name: str, keys: list[str]) -> None:
-        """For subclasses: make room for optional tensors that the checkpoint has."""
+    def _prepare_load(cls, model: nn.Module, adapter_name: str, keys: list[str], extra: Tensor | None) -> None:
+        """For subclasses: make room for optional tensors that the checkpoint has, refuse one that cannot be loaded."""
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -337,17 +272,16 @@ class FastTuner(BaseTuner):
                 own[bare] = tensor
             else:
                 rest[key] = tensor
-        cls._prepare_load(model, adapter_name, list(own))
+        cls._prepare_load(model, adapter_name, list(own), extra)
         shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
         cls._compare(model, adapter_name, shapes, extra, f"for {adapter_name!r}")
         first = cls._first_names(model, adapter_name)
         compact: dict[str, Tensor] = {}
         for bare, tensor in own.items():
-            kept = compact.setdefault(first[bare], tensor)
+            saved = first.get(bare, bare)
+            kept = compact.setdefault(saved, tensor)
             if kept is not tensor and not torch.equal(kept, tensor):
-                raise ValueError(
-                    f"adapter checkpoint: {bare} must equal {first[bare]}, with which it shares one tensor"
-                )
+                raise ValueError(f"adapter checkpoint: {bare} must equal {saved}, with which it shares one tensor")
         if extra is not None:
             cls._load_extra(model, adapter_name, extra)
         present = cls._own_tensors(model, adapter_name)
@@ -374,4 +308,4 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent) if parent else model, leaf, module)
 
 
-__all__ = ["PREFIX", "BaseTunerLayer", "FastTuner", "PaddingMask", "json_tensor", "read_header"]
+__all__ = ["PREFIX", "FastTuner", "json_tensor", "read_header"]
