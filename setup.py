@@ -91,7 +91,8 @@ def cpu_extension() -> Extension:
         define_macros=[("LOWRANK_TORCH_VERSION", torch.__version__), ("AT_PER_OPERATOR_HEADERS", None)],
         # GCC 12 takes its own intrinsics' `__m256i y = y` for a use of something uninitialised
         extra_compile_args=[
-            *("-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-Wno-maybe-uninitialized"),
+            *("-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast"),
+            *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
             *openmp,
         ],
         extra_link_args=openmp,

@@ -90,6 +90,7 @@ def check_plan(
 
 
 def check_schedule(
+    owner: str,
     max_merges: int | str,
     max_span: int | None,
     merge_interval: int | None,
@@ -97,14 +98,14 @@ def check_schedule(
     fade_steps: int,
 ) -> None:
     """ValueError unless these are integers that allow what is wanted; None stands for the default."""
-    for name, value, least in (
-        ("max_span", max_span, 2 if max_merges else 1),  # a merged span covers two blocks or more
-        ("merge_interval", merge_interval, 1),
-        ("inject_interval", inject_interval, 1),
-        ("fade_steps", fade_steps, 0),
-    ):
+    intervals = {"merge_interval": merge_interval, "inject_interval": inject_interval}
+    for name, value in intervals.items():
         if value is not None:
-            integer("LoR2CController", name, value, least)
+            integer(owner, name, value, 1)
+    if max_span is not None:
+        least, why = (2, " for a merge, of two blocks") if max_merges else (1, "")
+        integer(owner, "max_span", max_span, least, why)
+    integer(owner, "fade_steps", fade_steps, 0)
 
 
 def find_topology(model: nn.Module, adapter_name: str | None = None) -> Topology:
@@ -169,7 +170,7 @@ class LoR2CController:
         self.topology = model if isinstance(model, Topology) else find_topology(model, adapter_name)
         r = self.topology.settings.r
         self.k = check_plan(len(self.topology.slots), r, max_merges, max_injections, sfs_k, auto_threshold)
-        check_schedule(max_merges, max_span, merge_interval, inject_interval, fade_steps)
+        check_schedule("LoR2CController", max_merges, max_span, merge_interval, inject_interval, fade_steps)
         if max_injections and not self.topology.can_inject:
             raise ValueError("max_injections: this adapter has no dormant q/v LoRA; create it with max_injections > 0")
         self.max_merges, self.max_injections = max_merges, max_injections

@@ -13,6 +13,7 @@ from typing import Any
 from peft.config import PeftConfig
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from ..methods.lor2c_controller import check_schedule
 from ..nn.weights import integer, positive
 
 
@@ -168,13 +169,11 @@ class LoR2CConfig(FastConfig):
         self._check_schedule("LoR2CConfig")
 
     def _check_schedule(self, owner: str) -> None:
-        integer(owner, "fade_steps", self.fade_steps, 0)
-        for name in ("sfs_k", "merge_interval", "inject_interval"):
-            if getattr(self, name) is not None:
-                integer(owner, name, getattr(self, name), 1)
-        if self.max_span is not None:
-            pair = bool(self.max_merges)
-            integer(owner, "max_span", self.max_span, 2 if pair else 1, " for a merge, of two blocks" if pair else "")
+        check_schedule(
+            owner, self.max_merges, self.max_span, self.merge_interval, self.inject_interval, self.fade_steps
+        )
+        if self.sfs_k is not None:
+            integer(owner, "sfs_k", self.sfs_k, 1)
         if self.injected_alpha is not None:
             _finite(owner, "injected_alpha", self.injected_alpha)
         if self.injected_dropout is not None:

@@ -165,8 +165,8 @@ def test_the_controller_asks_for_what_it_needs() -> None:
         ({"inject_interval": 2.5}, r"inject_interval must be an integer >= 1; got 2.5"),
         ({"fade_steps": 1.5}, r"fade_steps must be an integer >= 0; got 1.5"),
         ({"fade_steps": -1}, r"fade_steps must be an integer >= 0; got -1"),
-        ({"max_span": 1}, r"max_span must be an integer >= 2; got 1"),
-        ({"max_span": True}, r"max_span must be an integer >= 2; got True"),
+        ({"max_span": 1}, r"max_span must be an integer >= 2 for a merge, of two blocks; got 1"),
+        ({"max_span": True}, r"max_span must be an integer >= 2 for a merge, of two blocks; got True"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused_at_once(settings: dict[str, object], message: str) -> None:
