@@ -55,9 +55,10 @@ said "both extensions" build
 cd "$tree"
 "$venv/bin/lowrank-fast" info
 "$venv/bin/python" -c 'from lowrank_fast import _cuda, _native; assert _cuda.module() and _native.module()'
-# What meets another torch here: dispatch, autograd, the compiler, PEFT. The kernels alone (tests/cpu, tests/simt), the
-# benchmark and the interpreted Triton kernels are the same code as in the first environment, or have one of their own.
+# What meets another torch here: dispatch, autograd, the compiler, PEFT. The arithmetic of the kernels, the harness and
+# the benchmark are the same as in the first environment, and the interpreted Triton kernels have one of their own.
+meets_torch=(tests/ops/test_{autograd,bad_input,compile,edges,halves,residual_add}.py tests/test_{backends,cli,fallback}.py
+  tests/cuda tests/methods tests/nn tests/peft)
 export LOWRANK_FAST_TEST_EXAMPLES=${LOWRANK_FAST_TEST_EXAMPLES:-6}
 # shellcheck disable=SC2086
-said "tests" "$venv/bin/pytest" -n "${TEST_JOBS:-2}" \
-  ${PYTEST_ARGS:-tests/ops tests/nn tests/peft tests/methods tests/cuda tests/test_*.py}
+said "tests" "$venv/bin/pytest" -n "${TEST_JOBS:-2}" ${PYTEST_ARGS:-"${meets_torch[@]}"}
