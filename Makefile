@@ -23,8 +23,6 @@ PYTEST := $(BIN)/pytest $(PYTEST_JOBS)
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
-# tests/triton has every kernel; of the op suite, the ops that are not routed.
-OLDEST_OPS := residual_add residual_add_norm halves dropout
 BUILT := build/.built
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 FORMATTED := $(NATIVE) $(wildcard csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh tests/simt/*.cpp tests/simt/*.h)
@@ -56,8 +54,7 @@ test-cuda-build: ## both extensions built against a CUDA torch in .venv-cuda, im
 	tests/cuda/second_environment.sh $(CUDA_VENV) build/cuda-tree
 
 test-oldest-triton: $(OLDEST_INSTALLED) ## the Triton tests with the oldest Triton, which needs numpy < 2.4, in .venv-oldest-triton
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(OLDEST_VENV)/bin/python -m pytest $(PYTEST_JOBS) -k triton \
-	  tests/triton $(OLDEST_OPS:%=tests/ops/test_%.py) $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(OLDEST_VENV)/bin/python -m pytest $(PYTEST_JOBS) tests/triton tests/ops -k triton $(PYTEST_ARGS)
 
 environments: $(OLDEST_INSTALLED) ## make the environments of the last two, nothing else
 	tests/cuda/second_environment.sh $(CUDA_VENV) build/cuda-tree environment

@@ -117,7 +117,7 @@ print(called)
 """
 
 
-@pytest.mark.parametrize(("value", "printed"), [("reference", "['reference']"), ("", "[]")])
+@pytest.mark.parametrize(("value", "printed"), [("reference", "['reference']"), ("", "[]"), (None, "[]")])
 def test_the_environment_chooses_the_backend(value, printed):
     result = run_python(REPORT, LOWRANK_FAST_BACKEND=value)
     assert result.returncode == 0, result.stderr

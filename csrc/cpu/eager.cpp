@@ -94,7 +94,8 @@ bool overwritable(const Tensor& out, const Tensor& y, std::initializer_list<cons
   return true;
 }
 
-PyObject* call(PyObject* const* arguments, Py_ssize_t count) {
+PyObject* residual_add(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
   if (count != 7 || !PyFloat_CheckExact(arguments[4]) || !PyBool_Check(arguments[5]) || !plain(arguments, 4))
     Py_RETURN_NONE;
   const Tensor &y = THPVariable_Unpack(arguments[0]), &x = THPVariable_Unpack(arguments[1]),
@@ -123,11 +124,6 @@ PyObject* call(PyObject* const* arguments, Py_ssize_t count) {
     out = recorded ? ResidualAdd::apply(y, x, A, B, scale) : std::get<0>(forward_op(y, x, A, B, scale, false));
   }
   return THPVariable_Wrap(std::move(out));
-}
-
-PyObject* residual_add(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  return call(arguments, count);
   END_HANDLE_TH_ERRORS
 }
 

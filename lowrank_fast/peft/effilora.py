@@ -22,9 +22,9 @@ from ..nn.inplace import dtype_for
 from ..nn.routed import branch, routed_update
 from ..nn.weights import Bank, Down
 from .config import EffiLoRAConfig
-from .kinds import adapter_of_kind
 from .layer import FastLinear, is_linear
 from .lily import group_key
+from .lookup import adapter_of_kind
 from .padding import PaddingMask
 from .tuner import FastTuner, json_tensor
 

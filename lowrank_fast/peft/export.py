@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..methods.calibration import CalibrationReport, WeightRecorder, evaluating, measure, run
 from ..nn.state import save_tensors
 from .effilora import EffiLoRAModel
-from .kinds import adapter_of, config_of
 from .layer import FastLinear
 from .lily import LilyLayer, LilyModel
+from .lookup import adapter_of, config_of
 from .tuner import PREFIX
 
 

@@ -179,7 +179,7 @@ class LilyModel(FastTuner):
             self._fuse(model, adapter_name)
 
     @classmethod
-    def _prepare_load(cls, model: nn.Module, adapter_name: str, keys: list[str], extra: Tensor | None = None) -> None:
+    def _prepare_load(cls, model: nn.Module, adapter_name: str, keys: list[str], extra: Tensor | None) -> None:
         static = {key.rpartition(".lily_static")[0] for key in keys if key.endswith(".lily_static")}
         for name, layer in cls._layers(model):
             bare = name.removeprefix(PREFIX)
@@ -190,7 +190,7 @@ class LilyModel(FastTuner):
                 del layer.lily_static[adapter_name]
 
     def _check_file(self, model: nn.Module, path: str, adapter_name: str) -> None:
-        self._prepare_load(model, adapter_name, [key.removeprefix(PREFIX) for key in read_header(path)])
+        self._prepare_load(model, adapter_name, [key.removeprefix(PREFIX) for key in read_header(path)], None)
         super()._check_file(model, path, adapter_name)
 
 

@@ -18,7 +18,7 @@ from ..methods.lor2c import Settings, Slot, Topology, read_manifest
 from ..methods.lor2c_controller import LoR2CController, check_plan
 from ..methods.lor2c_hooks import BlockHooks, install_projections, make_slots, uniform_hidden_size
 from .config import LoR2CConfig
-from .kinds import adapter_of_kind
+from .lookup import adapter_of_kind
 from .tuner import PREFIX, FastTuner
 
 CHILD = "lor2c"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds both extensions against a CUDA build of torch, imports them, and runs the tests of what meets torch there. `make test-cuda-build`.
+# `make test-cuda-build`: builds both extensions against a CUDA build of torch, imports them, and tests what meets torch.
 #
 #   second_environment.sh VENV TREE [environment]
 #

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from itertools import product
 from pathlib import Path
@@ -226,6 +227,10 @@ def test_objects_are_kept_until_sources_or_command_change(fake_nvcc, tmp_path, m
     first = cuda_build.compile_kernels(ROOT, build, jobs=1)
     first[0].write_text("kept")
     assert cuda_build.compile_kernels(ROOT, build, jobs=1) == first and first[0].read_text() == "kept"
+    shutil.copytree(ROOT / "csrc" / "cuda", tmp_path / "tree" / "csrc" / "cuda")
+    shutil.copy(fake_nvcc, tmp_path / "tree" / "nvcc")  # the same compiler and sources in another place
+    monkeypatch.setenv("LOWRANK_FAST_NVCC", str(tmp_path / "tree" / "nvcc"))
+    assert cuda_build.compile_kernels(tmp_path / "tree", build, jobs=1) == first and first[0].read_text() == "kept"
     monkeypatch.setenv("LOWRANK_FAST_CUDA_ARCHS", "80")  # the newest now: with PTX
     (other,) = cuda_build.compile_kernels(ROOT, build, jobs=1)
     assert other != first[0] and not first[0].exists()
