@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Any
 
@@ -16,7 +17,7 @@ import hypothesis
 import pytest
 import torch
 
-from lowrank_fast import backends
+from lowrank_fast import backends, triton_backend
 
 EXAMPLES = "LOWRANK_FAST_TEST_EXAMPLES"
 
@@ -46,6 +47,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return file if file in TOGETHER else nodeid
 
     return Together(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _overflow_raises() -> None:
+    """An integer overflow in an interpreted kernel is an error."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        triton_backend.kernels("interpreter").check_overflow()
 
 
 # Module scope: hypothesis refuses fixtures that look as if they were set up afresh for each example.

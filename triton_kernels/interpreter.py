@@ -1,6 +1,6 @@
 """Triton's interpreter, made to compute what a matrix instruction does, to count, and to take less time.
 
-`repair()` replaces three operations:
+`repair()` replaces these operations:
 
 * `dot`. The interpreter keeps bfloat16 as raw 16-bit integers and multiplies those (3.6 to 3.9 at least; the
   maintainers closed a fix as not supported), and it knows nothing of how a matrix instruction adds. Repaired, products
@@ -9,8 +9,10 @@
   bfloat16 terms, in the order in which Triton's `bf16x6` lowers them, added to the accumulator outside, or through
   fused multiply-adds where `common.FLOAT32_PRECISION` is `ieee`.
 * the conversion from float32 to bfloat16, which cuts the lower bits off; repaired, it rounds to nearest even.
+* the check of integer sums and products for overflow, whose outcome the interpreter throws away; repaired, it takes
+  place where `check_overflow()` asked for it.
 * the exchange of `triton.language` for the interpreter's functions, which takes milliseconds and is done again at every
-  call of a device function; repaired, once per launch.
+  call of a device function; repaired, once per launch. Likewise the facts of a type, worked out again for every value.
 
 `Traffic` counts the bytes that loads and stores touch, launch by launch.
 """
@@ -18,6 +20,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -25,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter as _interpreter
 
 from . import common
@@ -32,6 +36,8 @@ from . import common
 _builder = _interpreter.InterpreterBuilder
 _original_cast = _builder.cast_impl
 _original_patch = _interpreter._patch_lang
+_original_block_type = tl.core.block_type.__init__
+_original_numpy_dtype = _interpreter._get_np_dtype
 PRODUCTS = 16  # of one matrix instruction
 
 
@@ -107,21 +113,68 @@ class _Language:
     """`triton.language` while a launch runs: the interpreter's from the first `patch` to `restore`."""
 
     def __init__(self) -> None:
-        self._scope: Any = None
+        self._running = False
+        self._exchanged: list[tuple[Any, str, Any, Any]] = []  # where, its name there, Triton's, the interpreter's
 
     def patch(self, function: Any) -> _Language:
         """For a kernel or a device function of its; both names that they may know the language by are exchanged."""
-        if self._scope is None:
-            self._scope = _original_patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+        if self._running:
+            return self
+        self._running = True
+        for where, name, _, ours in self._exchanged:
+            setattr(where, name, ours)
+        if not self._exchanged:
+            changes = _original_patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))._changes
+            self._exchanged = [(where, name, theirs, getattr(where, name)) for where, name, theirs in changes]
         return self
 
     def restore(self) -> None:
         """The launch is over."""
-        self._scope.restore()
-        self._scope = None
+        for where, name, theirs, _ in reversed(self._exchanged):
+            setattr(where, name, theirs) if theirs is not _interpreter._MISSING else delattr(where, name)
+        self._running = False
 
 
 _language = _Language()
+
+
+def _overflow_check(self: Any, left: Any, right: Any, operation: Any) -> None:
+    kind, options = left.type.scalar, self.builder.options
+    if kind.int_bitwidth >= 64 or not (options.debug and options.sanitize_overflow):
+        return
+    exact = getattr(np, {"add": "add", "sub": "subtract", "mul": "multiply"}[operation.__name__])
+    result = exact(left.handle.data.astype(np.int64), right.handle.data.astype(np.int64))
+    if result.size and not kind.get_int_min_value() <= result.min() <= result.max() <= kind.get_int_max_value():
+        raise OverflowError(f"int{kind.int_bitwidth} overflow in {operation.__name__}")
+
+
+# By the name of a type, which tells its element type and shape; types and what follows from them never change.
+_blocks: dict[tuple[Any, ...], dict[str, Any]] = {}
+_values: dict[str, tuple[Any, ...]] = {}
+_numpy_dtypes: dict[str, np.dtype] = {}
+
+
+def _block_type(self: Any, element: Any, shape: Any) -> None:
+    key = (element.name, *(getattr(size, "value", size) for size in shape))
+    if key not in _blocks:
+        _original_block_type(self, element, shape)
+        _blocks[key] = dict(self.__dict__)
+    self.__dict__.update(_blocks[key])
+
+
+def _value(self: Any, handle: Any, kind: Any) -> None:
+    if kind.name not in _values:
+        shape = kind.shape if kind.is_block() else ()
+        sizes = [tl.constexpr(size) for size in shape]
+        _values[kind.name] = kind.scalar, tl.core.tuple(sizes), tl.constexpr(math.prod(shape))
+    self.handle, self.type = handle, kind
+    self.dtype, self.shape, self.numel = _values[kind.name]
+
+
+def _numpy_dtype(kind: Any) -> np.dtype:
+    if kind.name not in _numpy_dtypes:
+        _numpy_dtypes[kind.name] = _original_numpy_dtype(kind)
+    return _numpy_dtypes[kind.name]
 
 
 def repair() -> None:
@@ -129,10 +182,19 @@ def repair() -> None:
     _interpreter._patch_lang = _language.patch
     _builder.create_dot = _dot
     _builder.cast_impl = _cast
+    TritonSemantic.binary_op_sanitize_overflow_impl = _overflow_check
+    tl.core.block_type.__init__, tl.core.tensor.__init__ = _block_type, _value
+    _interpreter._get_np_dtype = _numpy_dtype
     builder = _interpreter.interpreter_builder
     allowed = builder.options.allowed_dot_input_precisions
     if "bf16x6" not in allowed:
         builder.options = dataclasses.replace(builder.options, allowed_dot_input_precisions=(*allowed, "bf16x6"))
+
+
+def check_overflow() -> None:
+    """From now on an integer overflow in any kernel raises, as Triton's debug mode has it on a GPU."""
+    builder = _interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, debug=True)
 
 
 class Traffic:
@@ -143,6 +205,7 @@ class Traffic:
         self.touched = 0
         self._addresses: dict[bool, list[np.ndarray]] = {False: [], True: []}
         self._size: dict[bool, list[int]] = {False: [], True: []}
+        self._unique: dict[bool, dict[int, np.ndarray]] = {}
 
     def add(self, pointers: np.ndarray, mask: np.ndarray, size: int, store: bool) -> None:
         """Count one access of `size` bytes at each pointer that `mask` keeps."""
@@ -150,13 +213,16 @@ class Traffic:
         self.touched += addresses.size * size
         self._addresses[store].append(np.unique(addresses))
         self._size[store].append(size)
+        self._unique.pop(store, None)
 
     def unique(self, store: bool) -> dict[int, np.ndarray]:
         """The distinct addresses loaded (or stored), by access size."""
-        found: dict[int, list[np.ndarray]] = {}
-        for size, addresses in zip(self._size[store], self._addresses[store], strict=True):
-            found.setdefault(size, []).append(addresses)
-        return {size: np.unique(np.concatenate(parts)) for size, parts in found.items()}
+        if store not in self._unique:
+            found: dict[int, list[np.ndarray]] = {}
+            for size, addresses in zip(self._size[store], self._addresses[store], strict=True):
+                found.setdefault(size, []).append(addresses)
+            self._unique[store] = {size: np.unique(np.concatenate(parts)) for size, parts in found.items()}
+        return self._unique[store]
 
     def bytes_within(self, start: int, length: int, store: bool) -> int:
         """Distinct bytes loaded (or stored) inside one buffer."""
