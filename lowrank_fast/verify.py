@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -185,6 +186,11 @@ class Draw:
     upstream: Tensor
     truth: dict[str, Tensor]
     expression: dict[str, Tensor]
+
+    @cached_property
+    def norms(self) -> dict[str, tuple[float, float]]:
+        """Of each result: the norm of the expression's error, and of the truth."""
+        return {name: (distance(self.expression[name], truth), norm(truth)) for name, truth in self.truth.items()}
 
 
 def draw_inputs(problem: Problem, seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -372,7 +378,6 @@ def check(case: Case, draws: Sequence[Draw], device: str) -> Case:
 def compare(case: Case, name: str, got: Sequence[Tensor], draws: Sequence[Draw]) -> None:
     """Record the pooled error of one tensor, and a failure for each rule that it breaks."""
     truth = [data.truth[name] for data in draws]
-    plain = [data.expression[name] for data in draws]
     expected = case.problem.dtype if name in ("out", "dy", "dx") else draws[0].tensors[name[1:]].dtype
     if name == "out" and case.problem.op == "shrink":
         expected = ref.accumulate_dtype(case.problem.dtype)
@@ -380,7 +385,9 @@ def compare(case: Case, name: str, got: Sequence[Tensor], draws: Sequence[Draw])
         must = f"{list(truth[0].shape)} {expected}"
         case.failures.append(f"{name} must be {must}; got {list(got[0].shape)} {got[0].dtype}")
         return
-    error, by_expression = relative_error(got, truth), relative_error(plain, truth)
+    of_expression, size = (math.hypot(*values) for values in zip(*(data.norms[name] for data in draws), strict=True))
+    error = math.hypot(*map(distance, got, truth)) / (size or 1.0)
+    by_expression = of_expression / (size or 1.0)
     bound, twice = BOUNDS[case.problem.dtype], max(2.0 * by_expression, torch.finfo(expected).eps / 2.0)
     case.tensors[name] = TensorError(error, by_expression, min(bound, twice))
     if not error <= bound:
@@ -389,11 +396,14 @@ def compare(case: Case, name: str, got: Sequence[Tensor], draws: Sequence[Draw])
         case.failures.append(f"{name}: error {error:.2e} is above twice that of the expression, {by_expression:.2e}")
 
 
-def relative_error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """`|got - truth|_F / |truth|_F` over all draws together; NaN where `got` has one."""
-    error = sum(float((a.double() - b).square().sum()) for a, b in zip(got, truth, strict=True))
-    norm = sum(float(b.square().sum()) for b in truth)
-    return math.sqrt(error / norm) if norm > 0.0 else math.sqrt(error)
+def norm(values: Tensor) -> float:
+    """Frobenius norm; NaN where there is one."""
+    return float(torch.linalg.vector_norm(values))
+
+
+def distance(got: Tensor, truth: Tensor) -> float:
+    """Frobenius norm of the difference, in float64."""
+    return norm(got - truth)
 
 
 def device_of(backend: str) -> str:
