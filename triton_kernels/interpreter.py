@@ -131,7 +131,10 @@ class _Language:
     def restore(self) -> None:
         """The launch is over."""
         for where, name, theirs, _ in reversed(self._exchanged):
-            setattr(where, name, theirs) if theirs is not _interpreter._MISSING else delattr(where, name)
+            if theirs is _interpreter._MISSING:
+                delattr(where, name)
+            else:
+                setattr(where, name, theirs)
         self._running = False
 
 

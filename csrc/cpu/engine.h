@@ -43,10 +43,10 @@ struct Expand {  // out = y + z Q; y null: out = z Q, through dropout's mask
   }
 };
 
-// f(panel, begin, end) over pieces of columns [begin, end) of the source, packed as they come.
+// f(panel, begin, end) over pieces of columns [begin, end) of the source, packed as they come, for `rows` rows.
 template <class F>
-void pieces(const PanelSource& source, int64_t begin, int64_t end, const F& f) {
-  if (source.direct()) return f(source.in_place(), begin, end);
+void pieces(const PanelSource& source, int64_t rows, int64_t begin, int64_t end, const F& f) {
+  if (source.direct(rows)) return f(source.in_place(), begin, end);
   float* memory = workspace(Slot::piece, source.floats(kPackColumns));
   for (; begin < end; begin += kPackColumns) {
     const int64_t stop = std::min(begin + kPackColumns, end);
@@ -85,8 +85,8 @@ inline void shrink_few(const Kernels& table, const Rows& x, const PanelSource& P
                        int64_t begin, int64_t end, float* t) {
   const int64_t tk = pad_rank(k), cols = x.matrix.cols;
   if (end - begin == 1 && !drop.on && shrink_one_row(table, x.from(begin), P, k, t)) return;
-  if (P.direct() || (tk <= kRankBlock && end - begin <= table.most_rows)) {
-    pieces(P, 0, cols, [&](Panel panel, int64_t from, int64_t to) {
+  if (P.direct(end - begin) || (tk <= kRankBlock && end - begin <= table.most_rows)) {
+    pieces(P, end - begin, 0, cols, [&](Panel panel, int64_t from, int64_t to) {
       blocks(begin, end, table.most_rows, [&](int64_t row, int64_t rows) {
         table.shrink(x.from(row), rows, panel, tk, t + (row - begin) * tk, drop, row, from, to);
       });
@@ -114,7 +114,7 @@ void forward_few(const Kernels& table, int64_t threads, int64_t count, const Shr
                 row_equivalents = count + 16;  // packing a column costs about 16 rows of it
   split(thread_count(row_equivalents * zk * cols, cols / 64), cols, 64, [&](int64_t, int64_t begin, int64_t end) {
     if (count == 1 && second->only_row(table, z, begin, end)) return;
-    pieces(second->Q, begin, end, [&](Panel panel, int64_t from, int64_t to) {
+    pieces(second->Q, count, begin, end, [&](Panel panel, int64_t from, int64_t to) {
       blocks(0, count, table.most_rows,
              [&](int64_t row, int64_t rows) { second->block(table, row, rows, z + row * zk, panel, from, to); });
     });
@@ -222,7 +222,7 @@ void backward_few(const Kernels& table, int64_t threads, int64_t count, const Sh
           if (!second || begin >= x_cols) return;
           end = std::min(end, x_cols);
           if (second->dx)
-            pieces(second->P, begin, end, [&](Panel panel, int64_t from, int64_t to) {
+            pieces(second->P, count, begin, end, [&](Panel panel, int64_t from, int64_t to) {
               blocks(0, count, table.most_rows, [&](int64_t row, int64_t rows) {
                 table.expand(nullptr, second->dx->from(row), rows, u + row * uk, panel, uk, from, to, second->drop,
                              row);

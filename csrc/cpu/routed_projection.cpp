@@ -100,7 +100,7 @@ class Router {
     factor_ = factor_of(*R, 1, s.d_in);
     if (stacked_) return;
     const PanelSource source(factor_, s.dtype, Use::shrink);
-    if (source.direct()) {
+    if (source.direct(s.count)) {
       panel_ = source.in_place();
     } else {
       memory_ = at::empty({source.floats(s.d_in)}, at::kFloat);

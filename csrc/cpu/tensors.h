@@ -71,7 +71,7 @@ inline bool is_panel(const Factor& f, int64_t unit) {
 class PanelSource {
  public:
   PanelSource(const Factor& factor, Dtype dtype, Use use) : PanelSource(std::vector<Factor>{factor}, dtype, use) {}
-  PanelSource(std::vector<Factor> stack, Dtype dtype, Use use) : stack_(std::move(stack)) {
+  PanelSource(std::vector<Factor> stack, Dtype dtype, Use use) : stack_(std::move(stack)), use_(use) {
     const Kernels& table = kernels(dtype);
     format_ = use == Use::shrink ? table.shrink_panel : table.expand_panel;
     unit_ = table.unit;
@@ -79,8 +79,13 @@ class PanelSource {
   }
   int64_t cols() const { return stack_.front().d; }
 
-  // The parameter's own memory is a panel: not worth packing for a few rows.
-  bool direct() const { return stack_.size() == 1 && format_.natural && is_panel(stack_.front(), unit_); }
+  // The parameter's own memory is a panel, which `rows` rows are too few to pack. Expand takes all ranks of a unit
+  // together: where these lie whole pages apart, many of them push each other out of the first-level cache.
+  bool direct(int64_t rows) const {
+    if (stack_.size() != 1 || !format_.natural || !is_panel(stack_.front(), unit_)) return false;
+    const bool scattered = k_ > 16 && stack_.front().stride_k % 1024 == 0;
+    return use_ == Use::shrink || !scattered || rows < 40;
+  }
   Panel in_place() const {
     return rows_of_ranks(static_cast<const float*>(stack_.front().data), stack_.front().stride_k, unit_);
   }
@@ -96,6 +101,7 @@ class PanelSource {
 
  private:
   std::vector<Factor> stack_;
+  Use use_;
   PanelFormat format_;
   int64_t unit_, k_ = 0;
 };

@@ -34,6 +34,7 @@ SHAPES = [
     (((300,), 132, 130, 32), 9),
     (((331,), 2180, 4100, 32), 3),  # panels too large for the caches: other blocks of rows
     (((3, 21), 70, 53, 8), 3),
+    (((48,), 1024, 96, 24), 2),  # the ranks of A lie whole pages apart
 ]
 
 
@@ -138,3 +139,19 @@ def test_a_rows_bits_depend_on_no_other_row_and_on_no_thread(chosen, rows, d_in,
     assert torch.equal(residual_add(y, x, A, B), whole)
     for some in (slice(0, 1), slice(2, 5), slice(1, rows)):
         assert torch.equal(residual_add(y[some], x[some], A, B), whole[some])
+
+
+@pytest.mark.parametrize("d_in", [1024, 1056])
+def test_an_input_gradients_bits_depend_on_no_other_row(chosen, d_in):
+    """Up to 256 rows read A where it is, but many pack it where its ranks lie whole pages apart."""
+    torch.manual_seed(0)
+    y, x, g = torch.randn(70, 40), torch.randn(70, d_in), torch.randn(70, 40)
+    A, B = torch.randn(24, d_in), torch.randn(40, 24)
+
+    def gradient(rows):
+        leaf = x[rows].clone().requires_grad_()
+        return torch.autograd.grad(residual_add(y[rows], leaf, A, B), leaf, g[rows])[0]
+
+    whole = gradient(slice(None))
+    for some in (slice(0, 1), slice(2, 5), slice(1, 45), slice(30, 70)):
+        assert torch.equal(gradient(some), whole[some])
