@@ -145,33 +145,33 @@ def _overflow_check(self: Any, left: Any, right: Any, operation: Any) -> None:
     kind, options = left.type.scalar, self.builder.options
     if kind.int_bitwidth >= 64 or not (options.debug and options.sanitize_overflow):
         return
-    exact = getattr(np, {"add": "add", "sub": "subtract", "mul": "multiply"}[operation.__name__])
+    exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__]
     result = exact(left.handle.data.astype(np.int64), right.handle.data.astype(np.int64))
     if result.size and not kind.get_int_min_value() <= result.min() <= result.max() <= kind.get_int_max_value():
         raise OverflowError(f"int{kind.int_bitwidth} overflow in {operation.__name__}")
 
 
 # By the name of a type, which tells its element type and shape; types and what follows from them never change.
-_blocks: dict[tuple[Any, ...], dict[str, Any]] = {}
-_values: dict[str, tuple[Any, ...]] = {}
+_block_types: dict[tuple[Any, ...], dict[str, Any]] = {}
+_tensor_facts: dict[str, tuple[Any, ...]] = {}
 _numpy_dtypes: dict[str, np.dtype] = {}
 
 
-def _block_type(self: Any, element: Any, shape: Any) -> None:
+def _init_block_type(self: Any, element: Any, shape: Any) -> None:
     key = (element.name, *(getattr(size, "value", size) for size in shape))
-    if key not in _blocks:
+    if key not in _block_types:
         _original_block_type(self, element, shape)
-        _blocks[key] = dict(self.__dict__)
-    self.__dict__.update(_blocks[key])
+        _block_types[key] = dict(self.__dict__)
+    self.__dict__.update(_block_types[key])
 
 
-def _value(self: Any, handle: Any, kind: Any) -> None:
-    if kind.name not in _values:
+def _init_tensor(self: Any, handle: Any, kind: Any) -> None:
+    if kind.name not in _tensor_facts:
         shape = kind.shape if kind.is_block() else ()
         sizes = [tl.constexpr(size) for size in shape]
-        _values[kind.name] = kind.scalar, tl.core.tuple(sizes), tl.constexpr(math.prod(shape))
+        _tensor_facts[kind.name] = kind.scalar, tl.core.tuple(sizes), tl.constexpr(math.prod(shape))
     self.handle, self.type = handle, kind
-    self.dtype, self.shape, self.numel = _values[kind.name]
+    self.dtype, self.shape, self.numel = _tensor_facts[kind.name]
 
 
 def _numpy_dtype(kind: Any) -> np.dtype:
@@ -186,7 +186,7 @@ def repair() -> None:
     _builder.create_dot = _dot
     _builder.cast_impl = _cast
     TritonSemantic.binary_op_sanitize_overflow_impl = _overflow_check
-    tl.core.block_type.__init__, tl.core.tensor.__init__ = _block_type, _value
+    tl.core.block_type.__init__, tl.core.tensor.__init__ = _init_block_type, _init_tensor
     _interpreter._get_np_dtype = _numpy_dtype
     builder = _interpreter.interpreter_builder
     allowed = builder.options.allowed_dot_input_precisions

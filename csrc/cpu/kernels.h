@@ -56,6 +56,9 @@ struct Dropout {  // Philox key and stream as in reference.dropout_mask; p = 0: 
   bool on;
 };
 
+// Rows so many floats apart fall into the same sets of the first-level cache: few of them stay there together.
+constexpr bool pages_apart(int64_t stride) { return stride % 1024 == 0; }
+
 constexpr int64_t pad_rank(int64_t k) { return (k + 3) / 4 * 4; }
 constexpr int kRowBlock = 64;    // rows that a kernel below takes at most per call
 constexpr int kRankBlock = 64;   // ranks whose partial sums a kernel keeps at once

@@ -76,7 +76,7 @@ LOWRANK_INLINE void outer_tile(const typename D::T* x, int64_t stride, int64_t r
 // pages apart do not push each other out of the first-level cache.
 template <class D>
 LOWRANK_INLINE bool scattered(int64_t stride) {
-  return sizeof(typename D::T) == 2 || stride % 1024 == 0;
+  return sizeof(typename D::T) == 2 || pages_apart(stride);
 }
 
 // The same for all ranks, of columns [column, column + columns), which begin at x.

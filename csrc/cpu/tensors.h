@@ -80,12 +80,11 @@ class PanelSource {
   int64_t cols() const { return stack_.front().d; }
 
   // The parameter's own memory is a panel, which `rows` rows are too few to pack. Expand takes all ranks of a unit
-  // together: where these lie whole pages apart, many of them push each other out of the first-level cache. The copy
-  // pays from about 40 rows on (AVX-512, 24 and 32 ranks of 2048 and 4096 columns; 16 ranks at no number of rows).
+  // together: many that lie whole pages apart push each other out of the first-level cache. The copy pays from about 40
+  // rows on (AVX-512, 24 and 32 ranks of 2048 and 4096 columns; 16 ranks at no number of rows).
   bool direct(int64_t rows) const {
     if (stack_.size() != 1 || !format_.natural || !is_panel(stack_.front(), unit_)) return false;
-    const bool scattered = k_ > 16 && stack_.front().stride_k % 1024 == 0;
-    return use_ == Use::shrink || !scattered || rows < 40;
+    return use_ == Use::shrink || k_ <= 16 || rows < 40 || !pages_apart(stack_.front().stride_k);
   }
   Panel in_place() const {
     return rows_of_ranks(static_cast<const float*>(stack_.front().data), stack_.front().stride_k, unit_);

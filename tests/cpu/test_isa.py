@@ -38,18 +38,18 @@ SHAPES = [
 ]
 
 
-def problems(seed: int, dtype: torch.dtype, parameter_dtype: torch.dtype) -> Iterator[Problem]:
-    """Every operation, routing and gradient at one of the shapes; mixed per sample with some tokens masked."""
-    shape, experts = SHAPES[seed]
-    dropout_p = 0.2 if seed % 3 == 2 else 0.0
-    factors = {"needs": ALL & frozenset("yxAB"), "seed": seed, "dropout_p": dropout_p}
+def problems(index: int, dtype: torch.dtype, parameter_dtype: torch.dtype) -> Iterator[Problem]:
+    """Every operation, routing and gradient at `SHAPES[index]`; mixed per sample with some tokens masked."""
+    shape, experts = SHAPES[index]
+    dropout_p = 0.2 if index % 3 == 2 else 0.0
+    factors = {"needs": ALL & frozenset("yxAB"), "seed": index, "dropout_p": dropout_p}
     yield ResidualAdd(*shape, dtype, parameter_dtype, **factors)
     yield Halves(*shape, dtype, parameter_dtype, **factors)
-    layouts = {"B": ("contiguous", "transposed")[seed % 2], "x": ("contiguous", "padded_rows")[seed % 2]}
+    layouts = {"B": ("contiguous", "transposed")[index % 2], "x": ("contiguous", "padded_rows")[index % 2]}
     for routing in ("batch", "token", "static", *(["sample"] if len(shape[0]) > 1 else [])):
         yield Routed(
-            *shape, dtype, parameter_dtype, needs=ALL, seed=seed, dropout_p=dropout_p, layouts=layouts, experts=experts,
-            routing=routing, router_input="tx"[seed % 2], masked=routing == "sample",
+            *shape, dtype, parameter_dtype, needs=ALL, seed=index, dropout_p=dropout_p, layouts=layouts,
+            experts=experts, routing=routing, router_input="tx"[index % 2], masked=routing == "sample",
         )  # fmt: skip
 
 
@@ -65,9 +65,9 @@ def any_isa() -> Iterator[None]:
     ("dtype", "parameter_dtype"),
     [(dtype, parameters) for dtype in KERNEL_DTYPES for parameters in dict.fromkeys((dtype, torch.float32))],
 )
-@pytest.mark.parametrize("seed", range(len(SHAPES)), ids=[str(shape) for shape, _ in SHAPES])
-def test_every_instruction_set_is_accurate_on_every_operation(any_isa, seed, dtype, parameter_dtype):
-    for problem in problems(seed, dtype, parameter_dtype):
+@pytest.mark.parametrize("index", range(len(SHAPES)), ids=[str(shape) for shape, _ in SHAPES])
+def test_every_instruction_set_is_accurate_on_every_operation(any_isa, index, dtype, parameter_dtype):
+    for problem in problems(index, dtype, parameter_dtype):
         expected = problem.eager(), problem.truth()
         for isa in _C.testable_isas():
             _C.set_isa(isa)
@@ -117,11 +117,10 @@ def test_set_isa_refuses_what_the_environment_refuses_and_leaves_the_choice(aske
 
 
 @pytest.fixture(params=[isa for isa in _C.isas() if isa != "amx"])
-def chosen(request):
-    before, threads = _C.isa(), torch.get_num_threads()
+def chosen(request, any_isa):
+    threads = torch.get_num_threads()
     _C.set_isa(request.param)
     yield
-    _C.set_isa(before)
     torch.set_num_threads(threads)
 
 
